@@ -1,0 +1,52 @@
+"""The audit log: who was denied, what failed, what was created. Never message text, never a secret."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from asyncpg import Connection, Record
+from asyncpg.pool import PoolConnectionProxy
+
+Conn = Connection[Record] | PoolConnectionProxy[Record]
+
+Event = Literal[
+    "access_denied",
+    "send_failure",
+    "worker_error",
+    "session_paired",
+    "session_logged_out",
+    "session_created",
+    "session_deleted",
+    "key_created",
+    "key_revoked",
+    "lead_merged",
+    "lead_erased",
+    "thread_taken_over",
+    "thread_released",
+    "outbound_retried",
+]
+
+
+async def write(
+    conn: Conn,
+    event: Event,
+    *,
+    tenant_id: int | None,
+    actor: str,
+    subject_type: str,
+    subject_id: int | str | None = None,
+    detail: dict[str, Any] | None = None,
+) -> None:
+    """Add one row. `actor` is `key:<id>`, `worker:<name>`, `session:<id>` or `operator`."""
+    await conn.execute(
+        """
+        INSERT INTO et_audit_log (tenant_id, actor, event, subject_type, subject_id, detail)
+        VALUES ($1, $2, $3, $4, $5, $6)
+        """,
+        tenant_id,
+        actor,
+        event,
+        subject_type,
+        None if subject_id is None else str(subject_id),
+        detail or {},
+    )
