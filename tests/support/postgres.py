@@ -81,8 +81,8 @@ class PostgresServer:
             if self._user:
                 os.chown(self._folder, int(str(self._user["user"])), int(str(self._user["group"])))
             subprocess.run(
-                [self._bin / "initdb", "-D", self._data, "-U", SUPERUSER, "-A", "trust", "-E", "UTF8"]
-                + ["--locale=C.UTF-8", "--no-sync"],
+                [self._bin / "initdb", "-D", self._data, "-U", SUPERUSER, "-A", "trust", "-E", "UTF8",
+                 "--locale=C.UTF-8", "--no-sync"],
                 check=True, cwd="/", stdout=subprocess.DEVNULL, timeout=60, **self._user,  # type: ignore[call-overload]
             )  # fmt: skip
         self._spawn()
