@@ -1,0 +1,1 @@
+"""What the command line does besides serving: administration, the doctor, the demo."""
