@@ -1,0 +1,55 @@
+-- Indexes. Those of the queue and of inbound work are partial: they hold what is waiting, not what ever was.
+
+-- One active thread per lead and session. Two first messages at the same instant meet here.
+CREATE UNIQUE INDEX IF NOT EXISTS et_threads_one_active
+    ON et_threads (tenant_id, lead_id, channel_session_id) WHERE status = 'active';
+CREATE INDEX IF NOT EXISTS et_threads_by_lead ON et_threads (tenant_id, lead_id, last_message_at);
+CREATE INDEX IF NOT EXISTS et_threads_recent ON et_threads (tenant_id, last_message_at DESC, id DESC);
+CREATE INDEX IF NOT EXISTS et_threads_by_session ON et_threads (tenant_id, channel_session_id);
+CREATE INDEX IF NOT EXISTS et_threads_by_agent ON et_threads (tenant_id, agent_id) WHERE agent_id IS NOT NULL;
+
+CREATE INDEX IF NOT EXISTS et_leads_by_workspace ON et_leads (tenant_id, workspace_id) WHERE workspace_id IS NOT NULL;
+CREATE INDEX IF NOT EXISTS et_workspaces_by_agent ON et_workspaces (tenant_id, agent_id) WHERE agent_id IS NOT NULL;
+CREATE INDEX IF NOT EXISTS et_lead_identities_by_lead ON et_lead_identities (tenant_id, lead_id, created_at);
+CREATE INDEX IF NOT EXISTS et_lead_merges_by_new ON et_lead_merges (tenant_id, new_id);
+
+-- The two orders people read messages in.
+CREATE INDEX IF NOT EXISTS et_messages_by_thread ON et_messages (tenant_id, thread_id, occurred_at, id);
+CREATE INDEX IF NOT EXISTS et_messages_by_lead ON et_messages (tenant_id, lead_id, occurred_at, id);
+-- Inbound work: waiting, and claimed.
+CREATE INDEX IF NOT EXISTS et_messages_received ON et_messages (id, thread_id)
+    WHERE direction = 'inbound' AND delivery_status = 'received' AND NOT is_history AND NOT placeholder;
+CREATE INDEX IF NOT EXISTS et_messages_received_by_thread ON et_messages (thread_id, id)
+    WHERE direction = 'inbound' AND delivery_status = 'received' AND NOT is_history AND NOT placeholder;
+CREATE INDEX IF NOT EXISTS et_messages_processing ON et_messages (id)
+    WHERE delivery_status = 'inbound_processing';
+-- Receipts and echoes know the session and the channel's id, not always the lead.
+CREATE INDEX IF NOT EXISTS et_messages_outbound_by_channel_id ON et_messages (channel_session_id, channel_message_id)
+    WHERE direction = 'outbound';
+
+CREATE INDEX IF NOT EXISTS et_inbound_claims_by_thread ON et_inbound_claims (thread_id);
+CREATE INDEX IF NOT EXISTS et_inbound_claims_by_owner ON et_inbound_claims (owner);
+
+-- The claim query walks this one, session by session.
+CREATE INDEX IF NOT EXISTS et_outbound_queue_due ON et_outbound_queue (channel_session_id, priority DESC, next_attempt_at, id)
+    WHERE status = 'queued';
+-- What waits or is in flight in a thread, in its order of sending.
+CREATE INDEX IF NOT EXISTS et_outbound_queue_thread ON et_outbound_queue (thread_id, send_at, id)
+    WHERE status IN ('queued', 'dispatching');
+CREATE INDEX IF NOT EXISTS et_outbound_queue_dispatching ON et_outbound_queue (channel_session_id, claimed_at)
+    WHERE status = 'dispatching';
+-- What an operator looks at.
+CREATE INDEX IF NOT EXISTS et_outbound_queue_trouble ON et_outbound_queue (tenant_id, status, id)
+    WHERE status IN ('failed', 'unknown');
+CREATE INDEX IF NOT EXISTS et_outbound_queue_by_tenant ON et_outbound_queue (tenant_id, id);
+CREATE INDEX IF NOT EXISTS et_outbound_queue_by_session ON et_outbound_queue (tenant_id, channel_session_id);
+
+CREATE INDEX IF NOT EXISTS et_thread_insights_by_lead ON et_thread_insights (tenant_id, lead_id);
+CREATE INDEX IF NOT EXISTS et_thread_insights_followup ON et_thread_insights (tenant_id, next_followup_at)
+    WHERE next_followup_at IS NOT NULL;
+CREATE INDEX IF NOT EXISTS et_decisions_by_thread ON et_decisions (tenant_id, thread_id, id);
+CREATE INDEX IF NOT EXISTS et_decisions_by_reply ON et_decisions (tenant_id, reply_message_id) WHERE reply_message_id IS NOT NULL;
+CREATE INDEX IF NOT EXISTS et_audit_log_by_tenant ON et_audit_log (tenant_id, id);
+CREATE INDEX IF NOT EXISTS et_api_keys_by_tenant ON et_api_keys (tenant_id, id);
+CREATE INDEX IF NOT EXISTS et_api_keys_by_prefix ON et_api_keys (prefix);
+CREATE INDEX IF NOT EXISTS et_events_age ON et_events USING brin (created_at);

@@ -1,0 +1,146 @@
+-- Wake-ups and the event log. A notification carries nothing and is only a hint; it is sent once per statement and
+-- only when rows were written: statement triggers also fire when ON CONFLICT DO NOTHING stored nothing.
+-- Transition tables allow one event per trigger, so INSERT and UPDATE have one each.
+
+CREATE OR REPLACE FUNCTION et_message_inserted() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    -- History wakes nobody and is not news.
+    INSERT INTO public.et_events (tenant_id, kind, ref_id)
+    SELECT n.tenant_id, 'message', n.id
+    FROM new_rows n
+    WHERE NOT n.is_history;
+    IF FOUND THEN
+        PERFORM pg_notify('et_events', '');
+        IF EXISTS (SELECT 1 FROM new_rows n WHERE n.direction = 'inbound' AND NOT n.is_history) THEN
+            PERFORM pg_notify('et_inbound', '');
+        END IF;
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE OR REPLACE TRIGGER et_messages_inserted
+    AFTER INSERT ON et_messages REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION et_message_inserted();
+
+CREATE OR REPLACE FUNCTION et_message_updated() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO public.et_events (tenant_id, kind, ref_id)
+    SELECT n.tenant_id, 'status', n.id
+    FROM new_rows n
+    JOIN old_rows o ON o.id = n.id
+    WHERE n.delivery_status <> o.delivery_status;
+    IF FOUND THEN
+        PERFORM pg_notify('et_events', '');
+    END IF;
+    -- Given back by a dead worker, or a placeholder that can be read now.
+    IF EXISTS (
+        SELECT 1 FROM new_rows n
+        JOIN old_rows o ON o.id = n.id
+        WHERE n.delivery_status = 'received' AND NOT n.is_history AND NOT n.placeholder
+          AND (o.delivery_status <> 'received' OR o.placeholder)
+    ) THEN
+        PERFORM pg_notify('et_inbound', '');
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE OR REPLACE TRIGGER et_messages_updated
+    AFTER UPDATE ON et_messages REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION et_message_updated();
+
+CREATE OR REPLACE FUNCTION et_queue_inserted() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF EXISTS (SELECT 1 FROM new_rows) THEN
+        PERFORM pg_notify('et_outbound', '');
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+-- Only rows that came back to the queue: moving next_attempt_at of a waiting one must not wake whoever moved it.
+CREATE OR REPLACE FUNCTION et_queue_updated() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF EXISTS (
+        SELECT 1 FROM new_rows n
+        JOIN old_rows o ON o.id = n.id
+        WHERE n.status = 'queued' AND o.status <> 'queued'
+    ) THEN
+        PERFORM pg_notify('et_outbound', '');
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE OR REPLACE TRIGGER et_outbound_queue_inserted
+    AFTER INSERT ON et_outbound_queue REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION et_queue_inserted();
+CREATE OR REPLACE TRIGGER et_outbound_queue_updated
+    AFTER UPDATE ON et_outbound_queue REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION et_queue_updated();
+
+-- One function for the tables whose every change is an event of the same kind: TG_ARGV[0].
+CREATE OR REPLACE FUNCTION et_row_event() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    INSERT INTO public.et_events (tenant_id, kind, ref_id)
+    SELECT n.tenant_id, TG_ARGV[0], n.id
+    FROM new_rows n;
+    IF FOUND THEN
+        PERFORM pg_notify('et_events', '');
+        IF TG_ARGV[0] = 'session' THEN
+            PERFORM pg_notify('et_sessions', '');
+        END IF;
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE OR REPLACE TRIGGER et_channel_sessions_inserted
+    AFTER INSERT ON et_channel_sessions REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION et_row_event('session');
+CREATE OR REPLACE TRIGGER et_channel_sessions_updated
+    AFTER UPDATE ON et_channel_sessions REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION et_row_event('session');
+CREATE OR REPLACE TRIGGER et_decisions_inserted
+    AFTER INSERT ON et_decisions REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION et_row_event('decision');
+CREATE OR REPLACE TRIGGER et_thread_insights_inserted
+    AFTER INSERT ON et_thread_insights REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION et_row_event('insight');
+CREATE OR REPLACE TRIGGER et_thread_insights_updated
+    AFTER UPDATE ON et_thread_insights REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION et_row_event('insight');
+
+-- Wishes, QR codes and removed sessions: the owners look.
+CREATE OR REPLACE FUNCTION et_session_changed() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM pg_notify('et_sessions', '');
+    RETURN NULL;
+END
+$$;
+
+CREATE OR REPLACE TRIGGER et_session_runtime_changed
+    AFTER INSERT OR UPDATE OR DELETE ON et_session_runtime
+    FOR EACH STATEMENT EXECUTE FUNCTION et_session_changed();
+CREATE OR REPLACE TRIGGER et_channel_sessions_deleted
+    AFTER DELETE ON et_channel_sessions
+    FOR EACH STATEMENT EXECUTE FUNCTION et_session_changed();
+
+-- Removes events older than a day (or p_keep) and answers how many. Any gateway may call it; twice does no harm.
+CREATE OR REPLACE FUNCTION et_prune_events(p_keep INTERVAL DEFAULT INTERVAL '24 hours') RETURNS BIGINT
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    pruned BIGINT;
+BEGIN
+    DELETE FROM public.et_events WHERE created_at < now() - p_keep;
+    GET DIAGNOSTICS pruned = ROW_COUNT;
+    RETURN pruned;
+END
+$$;
