@@ -57,5 +57,22 @@ def serve() -> None:
     run(app.serve(config))
 
 
+@main.command()
+@click.option(
+    "--check", is_flag=True, help="Run the story unattended; exit 0 when every step was seen, else 1."
+)
+@click.option(
+    "--without",
+    multiple=True,
+    type=click.Choice(["worker", "child", "receipts"]),
+    help="Switch a part off, to see that --check notices.",
+)
+def demo(check: bool, without: tuple[str, ...]) -> None:
+    """The whole product on this machine: embedded database, WhatsApp sandbox, a tenant and a customer."""
+    from gateway.commands import demo as story
+
+    sys.exit(run(story.run(check=check, without=without)))
+
+
 if __name__ == "__main__":
     main()
