@@ -66,6 +66,7 @@ DECLARE
     keep public.et_leads;
     gone public.et_leads;
     pair RECORD;
+    foreign_key RECORD;
 BEGIN
     IF NOT coalesce(public.et_may_act(p_tenant), false) THEN
         RAISE EXCEPTION '% may not merge leads of tenant %', session_user, p_tenant USING ERRCODE = 'insufficient_privilege';
@@ -147,6 +148,23 @@ BEGIN
 
     UPDATE public.et_lead_merges m SET new_id = keep.id WHERE m.tenant_id = p_tenant AND m.new_id = gone.id;
     INSERT INTO public.et_lead_merges (tenant_id, old_id, new_id) VALUES (p_tenant, gone.id, keep.id);
+
+    -- Tables of a backend's own that point at the lead: they follow, else the lead could not go.
+    FOR foreign_key IN
+        SELECT c.conrelid::regclass AS tbl, a.attname AS col
+        FROM pg_constraint c
+        JOIN pg_attribute a ON a.attrelid = c.conrelid
+        JOIN pg_attribute id ON id.attrelid = c.confrelid AND id.attname = 'id'
+        WHERE c.contype = 'f' AND c.confrelid = 'public.et_leads'::regclass AND c.conparentid = 0
+          AND a.attnum = c.conkey[array_position(c.confkey, id.attnum)]
+          AND c.conrelid NOT IN ('public.et_lead_identities'::regclass, 'public.et_lead_merges'::regclass,
+                                 'public.et_threads'::regclass, 'public.et_messages'::regclass,
+                                 'public.et_thread_insights'::regclass)
+        ORDER BY 1, 2
+    LOOP
+        EXECUTE format('UPDATE %s SET %I = $1 WHERE %I = $2', foreign_key.tbl, foreign_key.col, foreign_key.col)
+        USING keep.id, gone.id;
+    END LOOP;
 
     -- The unique external_id passes on, so the other row goes first.
     DELETE FROM public.et_leads l WHERE l.tenant_id = p_tenant AND l.id = gone.id;

@@ -54,11 +54,11 @@ DO $$
 DECLARE
     own CONSTANT TEXT := '%1$s = (SELECT nullif(current_setting(''app.tenant_id'', true), '''')::BIGINT)';
     backend CONSTANT TEXT := '%1$s = ANY ((SELECT public.et_backend_tenants())::BIGINT[])';
-    -- table, column with the tenant, what et_api may, what et_backend may
     t RECORD;
     api TEXT;
     seen TEXT;
 BEGIN
+    -- The table, its column with the tenant, what et_api may do in the own tenant, what et_backend may.
     FOR t IN
         SELECT * FROM (VALUES
             ('et_tenants',             'id',        'SELECT, UPDATE (name, settings)',        'SELECT'),
@@ -94,7 +94,8 @@ BEGIN
              'UPDATE (name, scopes, expires_at, revoked_at)',                                 NULL),
             ('et_events',              'tenant_id', 'SELECT',                                 'SELECT'),
             ('et_db_roles',            'tenant_id', NULL,                                     NULL),
-            ('et_gateways',            NULL,        NULL,                                     NULL)
+            ('et_gateways',            NULL,        NULL,                                     NULL),
+            ('et_legacy_threads',      'tenant_id', NULL,                                     NULL)
         ) AS v(name, col, api_may, backend_may)
     LOOP
         EXECUTE format('ALTER TABLE public.%I ENABLE ROW LEVEL SECURITY', t.name);
