@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 else:
     _Base = asyncpg.Connection  # generic for the type checker alone
 
-__all__ = ["Database", "ListenHub", "Subscription", "connect", "is_transient", "is_unavailable"]
+__all__ = ["Database", "ListenHub", "Subscription", "connect", "is_transient", "is_unavailable", "open_owner"]
 
 log = logs.get(part="database")
 
@@ -233,6 +233,19 @@ async def connect(url: str, **options: Any) -> asyncpg.Connection[Any]:
     await set_codecs(conn)
     log.debug("database.opened", address=describe(url))
     return conn
+
+
+@asynccontextmanager
+async def open_owner(url: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """One connection as the login itself, which owns the schema: for migrating, nothing else. The server and the login
+    are checked first, so that nothing is migrated that `Database.open` would refuse.
+    """
+    conn = await connect(url, command_timeout=None)
+    try:
+        await check_server(conn)
+        yield conn
+    finally:
+        await _close_quietly(conn)
 
 
 def _become(role: str) -> Any:

@@ -1,6 +1,6 @@
 """The embedded PostgreSQL under our own supervisor: started with the gateway, restarted when it dies, gone with it.
 
-Everything it stores lives in DATA_DIR/postgres. Not meant to be shared: several gateways need DATABASE_URL.
+Everything it stores lives in one folder, DATA_DIR/postgres. Not meant to be shared: several gateways need DATABASE_URL.
 
     DATA_DIR/postgres/          data/        the cluster, the server's user alone
                                 run/         the socket (elsewhere when this path is too long for one)
@@ -54,17 +54,19 @@ _PASSING = (
 
 
 class EmbeddedPostgres:
-    """`url = await EmbeddedPostgres(data_dir).start()`, then `await stop()`. Use it on the main thread's loop."""
+    """`url = await EmbeddedPostgres(data_dir / "postgres").start()`, then `await stop()`. On the main thread's loop."""
 
     def __init__(
         self,
-        data_dir: Path,
+        folder: Path,
         *,
         bin_folders: Sequence[Path] | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        """`bin_folders`: look for the server's programs there and nowhere else. `settings`: further server settings."""
-        self._home = data_dir.resolve() / "postgres"
+        """`folder` is all its own and made when missing; `bin_folders`: look for the server's programs there and nowhere
+        else; `settings`: further server settings.
+        """
+        self._home = folder.resolve()
         self._data = self._home / "data"
         self._log_path = self._home / "server.log"
         self._bin_folders = bin_folders

@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from core.database import Database, is_transient, is_unavailable
+from core.database import Database, is_transient, is_unavailable, open_owner
 from core.errors import DatabaseError, DatabaseRoleError, DatabaseUnavailable, SettingsError
 from tests.support.postgres import PostgresServer
 
@@ -247,6 +247,16 @@ async def test_unknown_database_and_login_are_named(server: PostgresServer) -> N
         await Database.open(server.url("nowhere"))
     with pytest.raises(SettingsError, match="refused the login"):
         await Database.open(server.url("postgres", "nobody_at_all"))
+
+
+async def test_migrating_works_as_the_login_itself_and_refuses_a_superuser(
+    server: PostgresServer, url: str
+) -> None:
+    async with open_owner(url) as conn:
+        assert await conn.fetchval("SELECT current_user::text") == "gateway"
+    with pytest.raises(DatabaseRoleError, match=r"postgres is a superuser.*CREATE ROLE"):
+        async with open_owner(server.superuser_url(url)):
+            raise AssertionError
 
 
 async def test_missing_roles_say_to_migrate(private_postgres: PostgresServer) -> None:

