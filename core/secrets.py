@@ -84,7 +84,9 @@ class KeyRing:
             return cls.parse(path.read_text("ascii"), source=str(path))
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or "it is not text"
-            raise SettingsError(f"{path}: the key file cannot be used ({why}); mend it or set SECRET_KEYS") from None
+            raise SettingsError(
+                f"{path}: the key file cannot be used ({why}); mend it or set SECRET_KEYS"
+            ) from None
 
     @property
     def newest(self) -> str:
@@ -113,7 +115,8 @@ class KeyRing:
             return cipher.decrypt(nonce, sealed[_HEADER:], _bound_to(tenant_id, row_id))
         except InvalidTag:
             raise SecretError(
-                "these credentials were changed or belong to another row; enter them again", code="secret_damaged"
+                "these credentials were changed or belong to another row; enter them again",
+                code="secret_damaged",
             ) from None
 
     def stale(self, sealed: bytes) -> bool:
@@ -142,7 +145,9 @@ def _decode(text: str, source: str) -> bytes:
     try:
         if len(text) == 2 * KEY_BYTES:
             return bytes.fromhex(text)
-        key = base64.b64decode(text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4), validate=True)
+        key = base64.b64decode(
+            text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4), validate=True
+        )
     except (ValueError, binascii.Error):
         key = b""
     if len(key) != KEY_BYTES:

@@ -58,7 +58,9 @@ def test_a_changed_byte_is_noticed(damage: int) -> None:
         ring.open(bytes(sealed), tenant_id=1, row_id=1)
 
 
-@pytest.mark.parametrize("text", ["", "   ", "short", "not base64 at all!", base64.b64encode(b"x" * 31).decode()])
+@pytest.mark.parametrize(
+    "text", ["", "   ", "short", "not base64 at all!", base64.b64encode(b"x" * 31).decode()]
+)
 def test_a_wrong_key_is_refused_without_showing_it(text: str) -> None:
     with pytest.raises(SettingsError, match="SECRET_KEYS") as caught:
         KeyRing.parse(text)
