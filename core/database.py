@@ -107,9 +107,10 @@ class Database:
             await _close_quietly(conn)
 
         def pool(role: str, size: int, kind: type[_Base]) -> Pool:
+            # No minimum: asyncpg would rebuild it behind our back during an outage, with a traceback for every try.
             return asyncpg.create_pool(
                 url,
-                min_size=1,
+                min_size=0,
                 max_size=size,
                 init=_become(role),
                 reset=_no_reset,
@@ -136,8 +137,10 @@ class Database:
         hub = ListenHub(listener, on_reconnect=expire, ping_seconds=ping_seconds)
         database = cls(url, workers, api, hub)
         try:
-            await workers
-            await api
+            for opened in (workers, api):
+                await opened
+                async with opened.acquire(timeout=connect_seconds):
+                    pass  # the first connection now, not with the first message
             await hub.start(connect_seconds)
         except BaseException as error:
             await database.close()

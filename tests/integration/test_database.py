@@ -391,6 +391,9 @@ async def test_killed_server_comes_back_and_wakes_every_subscription(
         assert await subscription.wait(5)
         async with db.tenant(1) as conn:
             assert await conn.fetchval("SELECT current_user") == "et_api"
+    assert [
+        record for record in caplog.records if record.name.startswith("asyncpg")
+    ] == []  # no tracebacks either
 
 
 async def test_statements_in_flight_during_a_kill_are_all_unavailable(
