@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from asyncpg import Connection, Record
-from asyncpg.pool import PoolConnectionProxy
+from asyncpg import Connection
 
-Conn = Connection[Record] | PoolConnectionProxy[Record]
+if TYPE_CHECKING:
+    from asyncpg import Record
+    from asyncpg.pool import PoolConnectionProxy
+
+    Conn: TypeAlias = Connection[Record] | PoolConnectionProxy[Record]
+else:
+    Conn = Connection  # generic for the type checker alone
 
 Event = Literal[
     "access_denied",
