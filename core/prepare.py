@@ -1,0 +1,121 @@
+"""An inbound message as the row and the person it will be: checked before it is queued, so that a batch rarely holds
+a bad row. Pure: no IO. Raises Invalid for what can never be stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from core.channel import Cursor, InboundMessage, MessageType
+from core.database_json import clean_text, encode
+from core.errors import Invalid
+from core.leads import Wanted
+from core.store.messages import Echo, Row
+
+LAST_MILLISECOND = 253_402_300_799_999
+"""The end of the year 9999."""
+LONGEST_ID = 2000
+"""Bytes: the dedupe key must fit into an index entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    message: InboundMessage
+    row: Row
+    wanted: Wanted
+
+    @property
+    def cursor(self) -> Cursor | None:
+        return self.message.cursor
+
+    @property
+    def seen_outbound(self) -> bool:
+        """It went out from this account: perhaps by us, perhaps typed on the phone."""
+        return self.row.direction == "outbound"
+
+    @property
+    def typed_on_phone(self) -> bool:
+        return (
+            self.seen_outbound
+            and not self.row.is_history
+            and self.message.raw_payload.get("origin") == "phone"
+        )
+
+    @property
+    def echo(self) -> Echo:
+        ref = self.message.raw_payload.get("queue_ref")
+        queue_id, epoch = (
+            (ref.get("queue_id"), ref.get("claim_epoch")) if isinstance(ref, dict) else (None, None)
+        )
+        return Echo(
+            self.row.tenant_id,
+            self.row.session_id,
+            self.row.channel_message_id,
+            queue_id if _is_id(queue_id) else None,
+            epoch if _is_id(epoch) else None,
+        )
+
+
+def prepare(message: InboundMessage) -> Prepared:
+    """Raises Invalid, naming the field."""
+    if not _is_id(message.tenant_id) or not _is_id(message.session_id):
+        raise Invalid(f"tenant {message.tenant_id!r} or session {message.session_id!r} is no id")
+    if (
+        not message.channel_message_id
+        or len(message.channel_message_id.encode(errors="replace")) > LONGEST_ID
+    ):
+        raise Invalid(f"channel_message_id must have 1 to {LONGEST_ID} bytes")
+    person = message.person
+    if not person.external_id or any(len(x) > LONGEST_ID for x in (person.external_id, *person.aliases)):
+        raise Invalid("the message names nobody it is from")
+    row = Row(
+        tenant_id=message.tenant_id,
+        session_id=message.session_id,
+        channel=message.channel,
+        channel_message_id=clean_text(message.channel_message_id),
+        channel_timestamp=_milliseconds(message.channel_timestamp),
+        occurred_at=_occurred(message),
+        direction=message.direction,
+        role=message.role,
+        sender_identifier=_text(message.sender_identifier),
+        chat_identifier=_text(message.chat_identifier),
+        message_type=str(MessageType.UNSUPPORTED if message.placeholder else message.message_type),
+        content=_text(message.content),
+        reply_to_message_id=_text(message.reply_to_message_id),
+        media_metadata=None
+        if message.media_metadata is None
+        else _json("media_metadata", message.media_metadata),
+        raw_payload=_json("raw_payload", message.raw_payload),
+        is_history=message.is_history,
+        placeholder=message.placeholder,
+    )
+    ids = dict.fromkeys(clean_text(x) for x in (person.external_id, *person.aliases) if x)
+    # An own echo carries the sender's name, which is ours.
+    name = _text(person.name) if message.direction == "inbound" or person.kind == "group" else None
+    wanted = Wanted(row.tenant_id, row.session_id, tuple(ids), person.kind, (name or "").strip() or None)
+    return Prepared(message, row, wanted)
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
+
+
+def _text(value: str | None) -> str | None:
+    return None if value is None else clean_text(value)
+
+
+def _json(field: str, value: dict[str, Any]) -> str:
+    try:
+        return encode(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Invalid(f"{field} cannot be written as JSON ({type(error).__name__})") from error
+
+
+def _milliseconds(value: int | None) -> int | None:
+    """What the channel says, unless no clock could say it."""
+    return value if value is not None and 0 < value <= LAST_MILLISECOND else None
+
+
+def _occurred(message: InboundMessage) -> float:
+    stamp = _milliseconds(message.channel_timestamp)
+    return message.arrived_at if stamp is None else stamp / 1000
