@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sandbox.whatsapp.nodes import Node
-from sandbox.whatsapp.signal import DecryptError, SenderKey, Session, pad, unpack, unpad
+from sandbox.whatsapp.signal import AlreadyRead, DecryptError, SenderKey, Session, pad, unpack, unpad
 from sandbox.whatsapp.world import Account, Device
 
 _ARCHIVED = 40  # earlier sessions kept per device, as libsignal does
@@ -21,7 +21,7 @@ def encrypt(account: Account, device: Device, plain: bytes, *, fresh: bool = Fal
 
 
 def decrypt(account: Account, device: Device, enc: Node) -> bytes:
-    """Raises DecryptError."""
+    """Raises AlreadyRead for a repeated ciphertext, else DecryptError."""
     sessions, data = account.sessions.setdefault(device.lid, []), enc.data
     if enc.text("type") == "pkmsg":
         fields = unpack(data[1:])
@@ -38,7 +38,8 @@ def decrypt(account: Account, device: Device, enc: Node) -> bytes:
         try:
             plain = session.decrypt(data)
         except (DecryptError, ValueError) as error:
-            failure = DecryptError(str(error))
+            if not isinstance(failure, AlreadyRead):
+                failure = error if isinstance(error, DecryptError) else DecryptError(str(error))
             continue
         sessions.remove(session)
         sessions.insert(0, session)

@@ -152,6 +152,7 @@ def receipt(hub: Hub, connection: Connection, account: Account, device: Device, 
     if listed is not None:
         ids += [item.text("id") for item in listed.children]
     if hub.faults.lose_receipts:
+        hub.events.add(Event("receipt_lost", node.text("id"), device.jid))
         return
     answer: dict[str, Attribute] = {
         "class": "receipt",

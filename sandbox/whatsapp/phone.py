@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from sandbox.whatsapp import bodies, ciphers, media
@@ -19,7 +19,7 @@ from sandbox.whatsapp.ledger import Ledger
 from sandbox.whatsapp.nodes import JID, Attribute, Node
 from sandbox.whatsapp.protos import e2e
 from sandbox.whatsapp.queries import key_nodes
-from sandbox.whatsapp.signal import DecryptError, SenderKey
+from sandbox.whatsapp.signal import AlreadyRead, DecryptError, SenderKey
 from sandbox.whatsapp.world import Account, Device, Group, Sent, message_id
 
 if TYPE_CHECKING:
@@ -325,11 +325,22 @@ class Phone:
                 time.monotonic(),
             )
         )
-        if from_me or self.auto_receipts is None or not author.devices:
+        self._answer(msg_id, author)
+
+    def _answer(self, msg_id: str, author: Account) -> None:
+        if author is self.account or self.auto_receipts is None or not author.devices:
             return
         self._receipt(msg_id, None)
         if self.auto_receipts == "read":
             self._receipt(msg_id, "read")
+
+    def _note_again(self, msg_id: str, author: Account) -> None:
+        """The same ciphertext once more: a phone shows it once, and says again that it has it."""
+        same = (m for m in self.received if m.id == msg_id and m.sender == author.number)
+        first = next(same, None)
+        if first is not None:
+            self.received.add(replace(first, duplicate=True, at=time.time(), monotonic=time.monotonic()))
+            self._answer(msg_id, author)
 
     def take(self, device: Device, stanza: Node, enc: Node, chat: Account, connection: Connection) -> None:
         """A ciphertext for this phone from a linked device, its own account's or another's."""
@@ -338,6 +349,9 @@ class Phone:
             return
         try:
             message = e2e.Message.FromString(ciphers.decrypt(self.account, device, enc))
+        except AlreadyRead:
+            self._note_again(stanza.text("id"), author)
+            return
         except DecryptError as error:
             self._ask_again(device, stanza, enc, connection, str(error))
             return
@@ -369,6 +383,9 @@ class Phone:
             if shared is not None and author is not self.account:
                 plain = ciphers.decrypt_group(self.account, group.id, device, shared)
                 message = e2e.Message.FromString(plain)
+        except AlreadyRead:
+            self._note_again(stanza.text("id"), author)
+            return
         except DecryptError as error:
             failed = shared or own or Node("enc")
             self._ask_again(device, stanza, failed, connection, str(error))

@@ -111,19 +111,20 @@ class PostOffice:
             mailbox.retried[item_id] -= 1
             return
         item = mailbox.find(kind, item_id, author)
+        writer = item.author if item is not None else author or ""
+        ack = Ack(item_id, device.jid, writer, how, time.time(), time.monotonic())
+        if how == "retry":
+            self.retries.add(ack)
+            if item is not None:
+                mailbox.retried[item_id] += 1
         if item is None:
             return
         mailbox.remove(item)
         self._changed()
-        if kind != "message":
-            return
-        ack = Ack(item_id, device.jid, item.author, how, time.time(), time.monotonic())
-        if how == "retry":
-            mailbox.retried[item_id] += 1
-            self.retries.add(ack)
-        else:
+        if kind == "message" and how != "retry":
             self.acks.add(ack)
 
     def acked(self, item_id: str, device: JID | None = None) -> Ack | None:
-        found = (a for a in self.acks if a.id == item_id and device in (None, a.device))
-        return next(found, None)
+        """A receipt if there is one, else a bare acknowledgement, which says no more than "do not send it again"."""
+        found = [a for a in self.acks if a.id == item_id and device in (None, a.device)]
+        return next((a for a in found if a.how == "receipt"), found[0] if found else None)

@@ -20,6 +20,10 @@ class DecryptError(Exception):
     """This message cannot be read with the keys at hand."""
 
 
+class AlreadyRead(DecryptError):
+    """Its key was used before: the very same ciphertext came again."""
+
+
 # --- libsignal's messages are small protobufs without a schema of their own here ---
 
 
@@ -247,7 +251,7 @@ class Session:
             chain.key, chain.index = _step(chain.key), chain.index + 1
         keys = self.skipped.pop((ratchet, index), None)
         if keys is None:
-            raise DecryptError("message key already used")
+            raise AlreadyRead("message key already used")
         if mac(keys.mac, DJB + self.theirs + self.mine.typed + message[:-8])[:8] != message[-8:]:
             raise DecryptError("wrong message authentication code")
         self.pending = None
@@ -301,5 +305,5 @@ class SenderKey:
             self.skipped[iteration] = self._next()
         seed = self.skipped.pop(wanted, None)
         if seed is None:
-            raise DecryptError("group message key already used")
+            raise AlreadyRead("group message key already used")
         return cbc_decrypt(seed[16:], seed[:16], fields.blob(3))

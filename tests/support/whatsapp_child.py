@@ -107,7 +107,7 @@ class Child:
         if operation == "check":
             return [MessageToDict(found) for found in await client.is_on_whatsapp(*command["numbers"])]
         if operation == "group":
-            return MessageToDict(await client.get_group_info(build_jid(command["id"], "g.us")))
+            return MessageToDict(await client.get_group_info(build_jid(command["group"], "g.us")))
         if operation == "logout":
             return await client.logout()
         raise ValueError(operation)
