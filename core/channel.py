@@ -339,3 +339,6 @@ class ChannelKind:
     webhook: WebhookConverter | None = None
     live: bool = True
     """False: only fed by its webhook."""
+    files: bool = True
+    """Whether keys or a journal live in the session's folder: then only a gateway that shares its `DATA_DIR` may take a
+    session over. False for channels that keep everything in the database (email, Telegram)."""
