@@ -53,6 +53,18 @@ _PASSING = (
 )
 
 
+def running_url(folder: Path) -> str | None:
+    """The address of the server that another process runs in `folder` just now, or None."""
+    try:
+        with (folder.resolve() / "lock").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return (folder.resolve() / "url").read_text()
+    except OSError:
+        return None
+    return None
+
+
 class EmbeddedPostgres:
     """`url = await EmbeddedPostgres(data_dir / "postgres").start()`, then `await stop()`. On the main thread's loop."""
 
@@ -160,6 +172,7 @@ class EmbeddedPostgres:
         await self._end_previous()
         await self._launch(time.monotonic() + START_SECONDS)
         await self._bootstrap()
+        (self._home / "url").write_text(self.url)
 
     async def stop(self) -> None:
         """Stop the server in order; within `STOP_SECONDS`, then less politely. Safe to call twice, or after a failure."""

@@ -74,5 +74,121 @@ def demo(check: bool, without: tuple[str, ...]) -> None:
     sys.exit(run(story.run(check=check, without=without)))
 
 
+@main.command()
+@click.option(
+    "--legacy", is_flag=True, help="Also copy et_conversation_threads and et_chat_messages as history."
+)
+def migrate(legacy: bool) -> None:
+    """Bring the database's schema up to date; the gateway does the same when it starts."""
+    from gateway.commands import admin
+
+    config = settings.load()
+    log.configure("warning", stream=sys.stderr)
+    applied = run(admin.apply_migrations(config))
+    for name in applied:
+        click.echo(f"applied {name}")
+    if not applied:
+        click.echo("the schema is up to date")
+    if legacy:
+        click.echo(str(run(admin.copy_legacy(config))))
+
+
+@main.group()
+def tenant() -> None:
+    """Tenants: the businesses behind walls of their own."""
+
+
+@tenant.command("create")
+@click.argument("name")
+def tenant_create(name: str) -> None:
+    """Make a tenant; prints its id."""
+    click.echo(_administer("create_tenant", name))
+
+
+@tenant.command("list")
+def tenant_list() -> None:
+    """Id, status and name of each tenant."""
+    for row in _administer("list_tenants"):
+        click.echo(f"{row['id']}\t{row['status']}\t{row['name']}")
+
+
+@main.group()
+def key() -> None:
+    """API keys: of one tenant, or of the platform."""
+
+
+@key.command("create")
+@click.option("--tenant", "tenant_id", type=int, help="The tenant's id; left out: a platform key.")
+@click.option("--name", default="command line", show_default=True)
+@click.option("--scopes", default="send,sessions,read,admin", show_default=True, help="Comma-separated.")
+def key_create(tenant_id: int | None, name: str, scopes: str) -> None:
+    """Make a key and print it, this once."""
+    wanted = [scope.strip() for scope in scopes.split(",") if scope.strip()]
+    if not wanted or not set(wanted) <= {"send", "sessions", "read", "admin"}:
+        raise click.BadParameter("choose from send, sessions, read, admin", param_hint="--scopes")
+    click.echo(_administer("create_key", tenant_id, name, wanted))
+
+
+@key.command("list")
+@click.option("--tenant", "tenant_id", type=int, help="The tenant's id; left out: the platform's keys.")
+def key_list(tenant_id: int | None) -> None:
+    """Id, prefix, scopes and name of each key."""
+    for row in _administer("list_keys", tenant_id):
+        revoked = "\trevoked" if row["revoked_at"] else ""
+        click.echo(f"{row['id']}\t{row['prefix']}\t{','.join(row['scopes'])}\t{row['name']}{revoked}")
+
+
+@key.command("revoke")
+@click.argument("key_id", type=int)
+def key_revoke(key_id: int) -> None:
+    """A revoked key is refused within two seconds."""
+    _administer("revoke_key", key_id)
+    click.echo(f"key {key_id} is revoked")
+
+
+@main.group()
+def session() -> None:
+    """Channel sessions: a running gateway acts on what is wanted."""
+
+
+@session.command("list")
+@click.argument("tenant_id", type=int)
+def session_list(tenant_id: int) -> None:
+    """Id, channel, identifier, status and reason of each session."""
+    for row in _administer("list_sessions", tenant_id):
+        reason = f" ({row.status_reason})" if row.status_reason else ""
+        click.echo(f"{row.id}\t{row.channel_type}\t{row.identifier}\t{row.status}{reason}")
+
+
+@session.command("connect")
+@click.argument("session_id", type=int)
+def session_connect(session_id: int) -> None:
+    """Want this session live."""
+    _administer("want_session", session_id, "connected")
+
+
+@session.command("disconnect")
+@click.argument("session_id", type=int)
+def session_disconnect(session_id: int) -> None:
+    """Want this session down; it stays paired."""
+    _administer("want_session", session_id, "disconnected")
+
+
+@main.command()
+def doctor() -> None:
+    """Check every part and say what to mend. Exit code 1 when something must be mended."""
+    from gateway.commands import doctor as checks
+
+    log.configure("error", stream=sys.stderr)
+    sys.exit(run(checks.run(settings.load())))
+
+
+def _administer(function: str, *args: Any) -> Any:
+    from gateway.commands import admin
+
+    log.configure("error", stream=sys.stderr)
+    return run(getattr(admin, function)(settings.load(), *args))
+
+
 if __name__ == "__main__":
     main()
