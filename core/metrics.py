@@ -112,6 +112,12 @@ class Metrics:
         self.possible_loss = Counter(
             "gateway_possible_loss", "Messages reported as possibly lost.", ["channel"], registry=r
         )
+        self.gate_alarms = Counter(
+            "gateway_gate_alarms",
+            "Stored messages whose acknowledgement did not pass the gate: the client library may have changed.",
+            ["channel"],
+            registry=r,
+        )
         self.loop_lag = Gauge(
             "gateway_event_loop_lag_seconds", "Worst event-loop lag in the last interval.", registry=r
         )

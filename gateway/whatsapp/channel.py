@@ -1,0 +1,383 @@
+"""The WhatsApp channel as the gateway sees it: one session, made of a supervisor, a journal pump and a reporter.
+
+It keeps `core.channel`'s contract and imports no neonize: everything WhatsApp happens in the child (`client.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from core import faults, log
+from core.channel import (
+    Attempt,
+    Channel,
+    NotSent,
+    NumberCheck,
+    OutboundMessage,
+    Pairable,
+    ReadReceipts,
+    Sent,
+    SessionContext,
+    SessionState,
+    SessionStatus,
+    Sink,
+    Typing,
+    Unknown,
+)
+from core.errors import ChannelError, Conflict, JournalError, NotSentError, UnknownOutcomeError
+from core.identity import external_id, phone_e164
+from core.journal import Journal
+from core.metrics import Metrics
+from gateway.whatsapp import sending, states, store
+from gateway.whatsapp.folder import FolderLock, FolderTaken, forget_device, message_secret
+from gateway.whatsapp.pairing import Pairing
+from gateway.whatsapp.process import ChildGone, ChildProcess, ChildRefused, ChildTimeout
+from gateway.whatsapp.protocol import journal_path, store_path
+from gateway.whatsapp.pump import Pump
+from gateway.whatsapp.reporter import Reporter
+from gateway.whatsapp.supervisor import Supervisor
+from gateway.whatsapp.timings import Timings
+from gateway.whatsapp.values import Json
+
+REPLAY_SECONDS = 5.0
+"""How long a start waits for an earlier life's entries to be stored before it connects."""
+DRAIN_SECONDS = 2.0
+
+logger = log.get(part="whatsapp")
+
+
+class WhatsAppChannel:
+    """One WhatsApp session. Create it anywhere; call it from the main thread's loop (children are spawned there)."""
+
+    def __init__(
+        self,
+        context: SessionContext,
+        sink: Sink,
+        *,
+        command: Sequence[str],
+        metrics: Metrics,
+        timings: Timings | None = None,
+    ) -> None:
+        self._context, self._sink, self._metrics = context, sink, metrics
+        self._timings = timings or Timings()
+        self._reporter = Reporter(sink, context.session_id)
+        self._supervisor = Supervisor(
+            context,
+            command,
+            metrics=metrics,
+            timings=self._timings,
+            reporter=self._reporter,
+            on_journaled=self._hint,
+        )
+        self._journal: Journal | None = None
+        self._pump: Pump | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._run: asyncio.Task[None] | None = None
+        self._inflight: dict[tuple[int, int], ChildProcess] = {}
+        self._sends: set[asyncio.Task[Sent]] = set()
+        self._changing = asyncio.Lock()
+
+    # ---- life ----
+
+    @property
+    def state(self) -> SessionState:
+        return self._supervisor.state
+
+    async def connect(self) -> None:
+        async with self._changing:
+            if self._running:
+                return
+            paired = await asyncio.to_thread(store.device, self._store) is not None
+            await self._start(None if paired else self._new_pairing(None))
+
+    async def disconnect(self) -> None:
+        async with self._changing:
+            await self._stop_child()
+            if self._supervisor.state.status in (SessionStatus.ACTIVE, *states.PASSING):
+                self._supervisor.publish(states.disconnected())
+            await self._stop_rest()
+
+    async def logout(self) -> None:
+        """Tell WhatsApp, stop, forget the keys. The phone may list the device until it notices when WhatsApp is away."""
+        async with self._changing:
+            if await asyncio.to_thread(store.device, self._store) is not None:
+                await self._tell_whatsapp()
+            await self._stop_child()
+            await asyncio.to_thread(forget_device, self._context.folder)
+            self._supervisor.publish(states.logged_out("logged_out"))
+            await self._stop_rest()
+
+    async def _tell_whatsapp(self) -> None:
+        supervisor = self._supervisor
+        if not self._running:
+            await self._start(None)
+        supervisor.leaving = True
+        try:
+            async with asyncio.timeout(self._timings.logout):
+                await supervisor.link.wait()
+                assert supervisor.child is not None
+                await supervisor.child.ask("logout", seconds=self._timings.logout)
+        except (TimeoutError, ChildGone, ChildTimeout, ChildRefused) as error:
+            logger.warning(
+                "session.logout_unsaid",
+                session_id=self._context.session_id,
+                error=str(error) or "WhatsApp could not be reached",
+                action="remove the device on the phone: Settings, Linked devices",
+            )
+
+    # ---- pairing ----
+
+    async def pair_qr(self) -> None:
+        await self._pair(None)
+
+    async def pair_code(self, phone: str) -> None:
+        await self._pair(phone_e164(phone))
+
+    async def _pair(self, phone: str | None) -> None:
+        async with self._changing:
+            if await asyncio.to_thread(store.device, self._store) is not None:
+                raise Conflict(
+                    "This session is paired already; delete it or log it out before pairing another number.",
+                    code="already_paired",
+                )
+            running = self._supervisor.pairing
+            if self._running and running is not None:
+                if running.phone == phone:  # let it go on, and show its code again
+                    if running.current is not None:
+                        self._reporter.pairing(running.current)
+                    return
+                await self._stop_child()
+            await self._start(self._new_pairing(phone))
+
+    def _new_pairing(self, phone: str | None) -> Pairing:
+        return Pairing(self._timings, time.monotonic() + self._timings.pairing, phone)
+
+    # ---- sending ----
+
+    async def send(self, message: OutboundMessage) -> Sent:
+        attempt = message.attempt
+        to = sending.jid_of(attempt.recipient)
+        secret = await asyncio.to_thread(self._secret, attempt)
+        device = await asyncio.to_thread(self._device)
+        body = sending.build(message, secret, device)
+        child = await self._connected_child()
+        # A caller that gives up does not take the send back: it goes on, watched, so that `resolve` knows when it ended.
+        task = asyncio.create_task(self._hand_over(child, attempt, to, body))
+        self._sends.add(task)
+        task.add_done_callback(self._send_ended)
+        return await asyncio.shield(task)
+
+    async def _hand_over(self, child: ChildProcess, attempt: Attempt, to: str, body: Json) -> Sent:
+        key = (int(attempt.queue_id), attempt.claim_epoch)
+        self._inflight[key] = child
+        faults.point("whatsapp.send.command")
+        try:
+            reply = await child.ask("send", seconds=self._timings.send, to=to, message=body)
+        except ChildRefused as refused:
+            error = sending.refusal(str(refused))
+            raise error or await self._settle(attempt, f"whatsmeow: {refused}") from refused
+        except (ChildGone, ChildTimeout) as gone:
+            # It may hang in Go without an end: only a dead child is certain to do no more.
+            await child.kill()
+            raise await self._settle(attempt, str(gone)) from gone
+        finally:
+            self._inflight.pop(key, None)
+        faults.point("whatsapp.send.replied")
+        return Sent(str(reply["message_id"]), datetime.fromtimestamp(int(reply["timestamp"]), UTC))
+
+    def _send_ended(self, task: asyncio.Task[Sent]) -> None:
+        self._sends.discard(task)
+        if not task.cancelled():
+            task.exception()  # looked at, also when nobody waits for it any more
+
+    async def _settle(self, attempt: Attempt, cause: str) -> ChannelError:
+        """What a send that was cut off became. Nobody works on it any more when this is called."""
+        found = await asyncio.to_thread(self._look, attempt)
+        if isinstance(found, NotSent):
+            return NotSentError(f"The send was cut off before it began ({cause}).", code="cut_off")
+        return UnknownOutcomeError(
+            f"The send was cut off and nothing proves whether it went out ({cause}).",
+            channel_message_id=found.channel_message_id,
+        )
+
+    async def resolve(self, attempt: Attempt) -> Sent | NotSent | Unknown:
+        key = (int(attempt.queue_id), attempt.claim_epoch)
+        working = self._inflight.get(key)
+        if working is not None and working.alive:
+            return Unknown("still_sending", attempt.channel_message_id)
+        return await asyncio.to_thread(self._look_alone, attempt)
+
+    def _look_alone(self, attempt: Attempt) -> NotSent | Unknown:
+        """Like `_look`, with the proof that no other process sends for this session. Blocking."""
+        child = self._supervisor.child
+        if child is not None and child.alive and self._supervisor.ready:
+            return self._look(attempt)
+        try:
+            with FolderLock(self._context.folder):
+                return self._look(attempt)
+        except (FolderTaken, OSError):
+            found = self._look(attempt)
+            return (
+                found if isinstance(found, Unknown) else Unknown("folder_taken", attempt.channel_message_id)
+            )
+
+    def _look(self, attempt: Attempt) -> NotSent | Unknown:
+        """Whether whatsmeow wrote down this attempt's secret, which it does before anything is sent. Blocking."""
+        try:
+            row = store.find_secret(self._store, self._secret(attempt))
+            if row is not None:
+                return Unknown("cut_off", row.message_id)
+            if store.device(self._store) is None:
+                # Logging out takes the secrets along: their absence proves nothing then.
+                return Unknown("keys_gone", attempt.channel_message_id)
+        except (sqlite3.Error, OSError) as error:
+            return Unknown(f"store_unreadable: {error}", attempt.channel_message_id)
+        return NotSent()
+
+    async def _connected_child(self) -> ChildProcess:
+        """The child with a live link, waiting briefly for one. Raises ThrottledError: not sent, no attempt lost."""
+        supervisor = self._supervisor
+        if not supervisor.link.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._timings.link if self._running else 0):
+                    await supervisor.link.wait()
+        child = supervisor.child
+        if child is None or not child.alive or not supervisor.link.is_set():
+            raise sending.not_connected()
+        return child
+
+    # ---- the smaller capabilities ----
+
+    async def check(self, recipients: Sequence[str]) -> dict[str, bool]:
+        """By recipient as given. Raises NotSentError when there is no link, Invalid for what is no address."""
+        phones = {r: external_id("whatsapp", r).partition(":+")[2] for r in recipients}
+        asked = sorted({phone for phone in phones.values() if phone})
+        found: dict[str, bool] = await self._ask("check", phones=asked) if asked else {}
+        return {r: found.get(phone, False) if phone else True for r, phone in phones.items()}
+
+    async def typing(self, recipient: str, on: bool) -> None:
+        await self._ask("typing", to=sending.jid_of(recipient), on=on)
+
+    async def mark_read(self, recipient: str, message_ids: Sequence[str], sender: str | None = None) -> None:
+        chat = sending.jid_of(recipient)
+        author = sending.jid_of(external_id("whatsapp", sender)) if sender else chat
+        await self._ask("read", chat=chat, sender=author, ids=list(message_ids))
+
+    async def _ask(self, op: str, **fields: Any) -> Any:
+        child = await self._connected_child()
+        try:
+            return await child.ask(op, seconds=self._timings.command, **fields)
+        except ChildRefused as refused:
+            raise sending.refusal(str(refused)) or ChannelError(f"WhatsApp: {refused}") from refused
+        except (ChildGone, ChildTimeout) as gone:
+            raise NotSentError(f"The WhatsApp client did not answer ({gone}); try again.") from gone
+
+    # ---- parts ----
+
+    @property
+    def _running(self) -> bool:
+        return self._run is not None and not self._run.done()
+
+    async def _start(self, pairing: Pairing | None) -> None:
+        supervisor = self._supervisor
+        supervisor.leaving = False
+        supervisor.pairing = pairing
+        supervisor.publish(states.pairing() if pairing else states.connecting())
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._guard("reporter", self._reporter.run))]
+        self._run = asyncio.create_task(self._live())
+
+    async def _live(self) -> None:
+        """The journal's rest first, then WhatsApp."""
+        wait = self._timings.backoff_first
+        while self._pump is None:
+            try:
+                self._journal = await asyncio.to_thread(Journal, journal_path(self._context.folder))
+            except JournalError as error:
+                logger.error("journal.failed", session_id=self._context.session_id, error=error.detail)
+                self._supervisor.publish(states.disconnected("journal_failed"))
+                await asyncio.sleep(wait)
+                wait = min(wait * 2, self._timings.backoff_cap)
+                continue
+            self._pump = Pump(
+                self._context, self._sink, self._journal, metrics=self._metrics, timings=self._timings
+            )
+            self._tasks.append(asyncio.create_task(self._guard("pump", self._pump.run)))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REPLAY_SECONDS):
+                await self._pump.idle.wait()
+        await self._guard("supervisor", self._supervisor.run)
+
+    async def _guard(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """A background part never dies silently: its failure is logged and it starts again."""
+        wait = self._timings.backoff_first
+        while True:
+            try:
+                await work()
+                return
+            except Exception:
+                logger.exception("session.part_failed", session_id=self._context.session_id, action=name)
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, self._timings.backoff_cap)
+
+    async def _stop_child(self) -> None:
+        supervisor = self._supervisor
+        supervisor.leaving = True
+        child = supervisor.child
+        if child is not None and child.alive and supervisor.link.is_set():
+            await child.stop(self._timings.stop)
+        if self._run is not None:
+            self._run.cancel()
+            await asyncio.gather(self._run, return_exceptions=True)
+            self._run = None
+        supervisor.pairing = None
+        if self._sends:  # their child is gone: each knows its outcome in a moment
+            await asyncio.wait(self._sends, timeout=DRAIN_SECONDS)
+
+    async def _stop_rest(self) -> None:
+        if self._pump is not None:
+            self._pump.hint()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    await self._pump.idle.wait()
+        await self._reporter.flush(DRAIN_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        self._pump = None
+        if self._journal is not None:
+            await asyncio.to_thread(self._journal.close)
+            self._journal = None
+
+    def _hint(self) -> None:
+        if self._pump is not None:
+            self._pump.hint()
+
+    @property
+    def _store(self) -> Path:
+        return store_path(self._context.folder)
+
+    def _secret(self, attempt: Attempt) -> bytes:
+        return message_secret(self._context.folder, int(attempt.queue_id), attempt.claim_epoch)
+
+    def _device(self) -> store.Device | None:
+        try:
+            return store.device(self._store)
+        except sqlite3.Error:
+            return None
+
+
+def _contract(channel: WhatsAppChannel) -> tuple[Channel, Pairable, NumberCheck, Typing, ReadReceipts]:
+    """Keeps the adapter honest under mypy."""
+    return channel, channel, channel, channel, channel
+
+
+__all__ = ["Timings", "WhatsAppChannel"]

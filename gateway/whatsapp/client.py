@@ -1,0 +1,496 @@
+"""The WhatsApp child: one session, one process, the only place that imports neonize. Started by `channel.py`.
+
+    python -m gateway.whatsapp.client --folder DIR [--parent PID]
+
+It speaks JSON lines: commands on stdin, reports on stdout (Go's own prints go to stderr). It journals every message
+inside the event callback and lets no acknowledgement leave before (`gate.py`). It never writes a line of whatsmeow's
+DEBUG log, never touches the database server, and does not outlive its parent.
+
+Commands `{"id", "op", …}`, each answered by `{"ev": "reply", "id", "result"}` or `{"ev": "reply", "id", "error"}`:
+  open {proxy, heal, give_up}   once: drop the sessions to heal, then connect      pair_code {phone}
+  send {to, message}            `message` is the JSON of WhatsApp's own protobuf   check {phones}
+  typing {to, on} · read {chat, sender, ids} · probe · ping · logout · stop
+Reports: ready · qr · paired · pair_error · login · connected · disconnected · keepalive_timeout · logged_out · stream_replaced ·
+  temporary_ban · client_outdated · connect_failure · stream_error · journaled · heal · lost · gate_alarm · journal_failed
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+import neonize.aioze.client as neonize_client
+import orjson
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+from google.protobuf.message import DecodeError
+from neonize._binder import ProxySettings, gocode
+from neonize.aioze.client import NewAClient
+from neonize.events import EVENT_TO_INT, INT_TO_EVENT
+from neonize.proto import Neonize_pb2 as pb
+from neonize.proto.waCompanionReg.WAWebProtobufsCompanionReg_pb2 import DeviceProps
+from neonize.proto.waE2E.WAWebProtobufsE2E_pb2 import Message as E2EMessage
+from neonize.utils.enum import ChatPresence, ChatPresenceMedia, ReceiptType
+from neonize.utils.log import log as neonize_log
+
+from core import faults
+from core.errors import JournalError
+from core.journal import Journal
+from gateway.whatsapp import store
+from gateway.whatsapp.folder import FolderTaken, take
+from gateway.whatsapp.gate import Gate, GateTimings, Suspect, key_of
+from gateway.whatsapp.protocol import (
+    LINE_LIMIT,
+    LOST,
+    MESSAGE,
+    RECEIPT,
+    UNDECRYPTABLE,
+    Exit,
+    decode,
+    encode,
+    journal_path,
+    store_path,
+)
+
+THREADS = 32
+"""Neonize keeps one for ever, a send that hangs keeps another; the default pool is too small on a small machine."""
+LOOK_SECONDS = 0.2
+LOCK_SECONDS = 4.0
+PR_SET_PDEATHSIG = 1
+
+_JOURNALED = {
+    EVENT_TO_INT[pb.Message]: MESSAGE,
+    EVENT_TO_INT[pb.UndecryptableMessage]: UNDECRYPTABLE,
+    EVENT_TO_INT[pb.Receipt]: RECEIPT,
+}
+_REPORTED = {
+    EVENT_TO_INT[event]: name
+    for event, name in (
+        (pb.PairStatus, "paired"),
+        (pb.Connected, "connected"),
+        (pb.Disconnected, "disconnected"),
+        (pb.KeepAliveTimeout, "keepalive_timeout"),
+        (pb.KeepAliveRestored, "keepalive_restored"),
+        (pb.LoggedOut, "logged_out"),
+        (pb.StreamReplaced, "stream_replaced"),
+        (pb.StreamError, "stream_error"),
+        (pb.TemporaryBan, "temporary_ban"),
+        (pb.ConnectFailure, "connect_failure"),
+        (pb.ClientOutdated, "client_outdated"),
+        (pb.OfflineSyncCompleted, "offline_sync_completed"),
+    )
+}
+
+
+class Wire:
+    """Lines to the parent, whole ones only, from any thread."""
+
+    def __init__(self) -> None:
+        self._fd = os.dup(1)
+        os.dup2(2, 1)  # the Go library prints to stdout
+        self._lock = threading.Lock()
+
+    def say(self, event: str, **fields: Any) -> None:
+        line = memoryview(encode({"ev": event, **fields}))
+        with self._lock:
+            while line:
+                line = line[os.write(self._fd, line) :]
+
+
+class _Client(NewAClient):  # type: ignore[misc]
+    """neonize's client with its one callback that cannot be registered: how a login ended (`success`, `timeout`, …)."""
+
+    def __init__(self, name: str, on_login: Callable[[str], None]) -> None:
+        super().__init__(
+            name, uuid="session", props=DeviceProps(os="Channel Gateway", platformType=DeviceProps.CHROME)
+        )
+        self._on_login = on_login
+
+    def _NewAClient__onLoginStatus(self, _uuid: int, status: int) -> None:
+        self._on_login(ctypes.string_at(status).decode(errors="replace"))
+
+
+class Child:
+    def __init__(self, folder: Path, wire: Wire) -> None:
+        self.folder = folder
+        self.wire = wire
+        self.journal = Journal(journal_path(folder))
+        self.gate = Gate()
+        self.client: _Client | None = None
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._connected = False
+
+    # ---- starting and ending ----
+
+    async def run(self) -> NoReturn:
+        self._loop.set_default_executor(ThreadPoolExecutor(THREADS))
+        reader = asyncio.StreamReader(limit=LINE_LIMIT)
+        await self._loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+        self._spawn(self._watch_gate())
+        self.wire.say("ready", pid=os.getpid(), paired=store.device(store_path(self.folder)) is not None)
+        while line := await reader.readline():
+            self._spawn(self._obey(decode(line)))
+        # The parent is gone, or wants us gone. Whatever hangs in Go is no reason to stay.
+        self.end(Exit.STOPPED)
+
+    def end(self, code: Exit) -> NoReturn:
+        """Neonize's threads may never return: leave without waiting for any of them."""
+        os._exit(code)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception as error:
+                self.wire.say("error", error=f"{type(error).__name__}: {error}")
+
+        task = self._loop.create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ---- commands ----
+
+    async def _obey(self, command: dict[str, Any]) -> None:
+        number, op = command.get("id"), command.get("op", "")
+        action = getattr(self, f"_do_{op}", None)
+        try:
+            if action is None:
+                raise ValueError(f"unknown command {op!r}")
+            result = await action(command)
+        except Exception as error:
+            self.wire.say(
+                "reply", id=number, error=str(error) or type(error).__name__, kind=type(error).__name__
+            )
+        else:
+            self.wire.say("reply", id=number, result=result)
+
+    @property
+    def _live(self) -> _Client:
+        if self.client is None:
+            raise ConnectionError("websocket not connected")
+        return self.client
+
+    async def _do_open(self, command: dict[str, Any]) -> dict[str, Any]:
+        if self.client is not None:
+            raise ValueError("open comes once; start another child")
+        path = store_path(self.folder)
+        heal = [(s["sender"], s["chat"], s["reason"]) for s in command.get("heal") or ()]
+        dropped = store.drop_sessions(path, heal) if heal and path.exists() else 0
+        known = await asyncio.to_thread(lambda: self.journal.keys(MESSAGE) | self.journal.keys(LOST))
+        timings = GateTimings(**command.get("gate", {}))
+        self.gate = Gate(known, give_up=command.get("give_up") or (), timings=timings)
+        neonize_client.log_whatsmeow = self._on_log
+        neonize_log.setLevel(
+            logging.DEBUG
+        )  # tells whatsmeow its level; Python's own logging is off altogether
+        client = _Client(str(path), self._on_login)
+        client.event.execute = self._on_event
+        client.event.list_func = dict.fromkeys([*_JOURNALED, *_REPORTED], _unused)
+        client.event.qr(self._on_qr)
+        self.client = client
+        proxy = command.get("proxy")
+        task = await client.connect(ProxySettings(proxy) if proxy else None)
+        task.add_done_callback(self._on_client_end)
+        return {"dropped": dropped}
+
+    async def _do_send(self, command: dict[str, Any]) -> dict[str, Any]:
+        try:
+            message = ParseDict(command["message"], E2EMessage(), ignore_unknown_fields=True)
+        except ParseError as error:
+            raise ValueError(f"invalid message: {error}") from None
+        faults.point("whatsapp.send.before")
+        response = await self._live.send_message(_jid(command["to"]), message)
+        faults.point("whatsapp.send.after")
+        return {
+            "message_id": response.ID,
+            "timestamp": int(response.Timestamp),
+            "chat": _text(response.Chat) or command["to"],
+        }
+
+    async def _do_pair_code(self, command: dict[str, Any]) -> dict[str, Any]:
+        return {"code": await self._live.PairPhone(command["phone"], True)}
+
+    async def _do_check(self, command: dict[str, Any]) -> dict[str, bool]:
+        answers = await self._live.is_on_whatsapp(*[f"+{phone}" for phone in command["phones"]])
+        return {answer.Query.lstrip("+"): bool(answer.IsIn) for answer in answers}
+
+    async def _do_typing(self, command: dict[str, Any]) -> None:
+        state = ChatPresence.CHAT_PRESENCE_COMPOSING if command["on"] else ChatPresence.CHAT_PRESENCE_PAUSED
+        await self._live.send_chat_presence(
+            _jid(command["to"]), state, ChatPresenceMedia.CHAT_PRESENCE_MEDIA_TEXT
+        )
+
+    async def _do_read(self, command: dict[str, Any]) -> None:
+        await self._live.mark_read(
+            *command["ids"],
+            chat=_jid(command["chat"]),
+            sender=_jid(command["sender"]),
+            receipt=ReceiptType.READ,
+        )
+
+    async def _do_probe(self, _command: dict[str, Any]) -> dict[str, Any]:
+        """A question that only WhatsApp can answer: a link that is up and dead does not."""
+        device = store.device(store_path(self.folder))
+        if device is None or not self._connected:
+            raise ConnectionError("websocket not connected")
+        await self._live.is_on_whatsapp(device.identifier)
+        return {"silent_for": self.gate.silent_for}
+
+    async def _do_ping(self, _command: dict[str, Any]) -> dict[str, Any]:
+        statistics = self.gate.statistics
+        return {
+            "connected": self._connected,
+            "silent_for": round(self.gate.silent_for, 3),
+            "callbacks": self.gate.running,
+            "gated": statistics.gated,
+            "held": statistics.held_now,
+            "held_peak": statistics.held_peak,
+            "gate_worst": round(statistics.worst, 4),
+        }
+
+    async def _do_logout(self, _command: dict[str, Any]) -> None:
+        await self._live.logout()
+
+    async def _do_stop(self, _command: dict[str, Any]) -> None:
+        """Close the socket; the parent ends us by closing stdin. Not in the QR phase: Go's thread would never return."""
+        if self.client is not None and self._connected:
+            await asyncio.wait_for(self.client.disconnect(), 3)
+
+    # ---- what neonize calls, on its own threads ----
+
+    def _on_log(self, binary: int, size: int) -> None:
+        if not binary or size <= 0:
+            return
+        entry = pb.LogEntry.FromString(ctypes.string_at(binary, size))
+        self.gate.on_log(entry.Name, entry.Message)
+
+    def _on_event(self, _uuid: int, binary: int, size: int, code: int) -> None:
+        raw = ctypes.string_at(binary, size)
+        kind = _JOURNALED.get(code)
+        if kind is None:
+            if code in _REPORTED:
+                self._loop.call_soon_threadsafe(self._report, code, raw)
+            return
+        try:
+            with self.gate.callback():
+                faults.point("whatsapp.callback")
+                self._store(kind, code, raw)
+        except BaseException as error:
+            self._broken(error)
+
+    def _store(self, kind: str, code: int, raw: bytes) -> None:
+        """Make one event durable, then let its acknowledgement go. Raises JournalError."""
+        at = time.time()
+        try:
+            event = INT_TO_EVENT[code].FromString(raw)
+        except DecodeError as error:
+            # Its id is unknown, so its receipt stays held until the gate calls it lost; its bytes are safe.
+            self._append(
+                kind, "", orjson.dumps({"event": kind, "at": at, "data": {}, **_undecoded(raw, error)})
+            )
+            return
+        if kind == RECEIPT:
+            key = " ".join(event.MessageIDs)[:200]
+            self._append(kind, key, orjson.dumps({"event": kind, "at": at, "data": MessageToDict(event)}))
+            return
+        source = event.Info.MessageSource
+        senders = [jid for jid in (_text(source.Sender), _text(source.SenderAlt)) if jid]
+        if kind == MESSAGE and _only_key_distribution(event.Message):
+            self.gate.key_distribution(event.Info.ID, senders)
+            return
+        try:
+            entry = {"event": kind, "at": at, "data": _lean(MessageToDict(event))}
+            if kind == MESSAGE and _is_empty(event.Message):
+                entry["raw"] = b64encode(raw).decode()
+            payload = orjson.dumps(entry)
+        except Exception as error:  # a message that cannot be shown is still a message: keep its bytes
+            data = {
+                "Info": {
+                    "ID": event.Info.ID,
+                    "MessageSource": MessageToDict(source),
+                    "Timestamp": event.Info.Timestamp,
+                }
+            }
+            payload = orjson.dumps({"event": kind, "at": at, "data": data, **_undecoded(raw, error)})
+        self._append(kind, key_of(event.Info.ID, senders[0] if senders else ""), payload)
+        if kind == MESSAGE:
+            newsletter = source.Chat.Server == "newsletter"
+            self.gate.stored(event.Info.ID, senders, confirmed_later=not newsletter)
+        else:
+            self.gate.noted(event.Info.ID, senders)
+
+    def _append(self, kind: str, key: str, payload: bytes) -> None:
+        faults.point("whatsapp.journal.before")
+        number = self.journal.append(kind, key, payload)
+        faults.point("whatsapp.journal.after")
+        self.wire.say("journaled", n=number)
+
+    def _broken(self, error: BaseException) -> NoReturn:
+        """Nothing is durable any more: nothing is acknowledged, the link goes, the parent is told. Never returns to Go."""
+        self.gate.fail()
+        detail = error.detail if isinstance(error, JournalError) else f"{type(error).__name__}: {error}"
+        self.wire.say("journal_failed", error=detail)
+        # Disconnect from another thread: Go waits for this one.
+        threading.Thread(target=gocode.Disconnect, args=(b"session",), daemon=True).start()
+        time.sleep(0.2)
+        self.end(Exit.JOURNAL)
+
+    def _on_login(self, status: str) -> None:
+        self._loop.call_soon_threadsafe(self._report_login, status)
+
+    async def _on_qr(self, _client: object, code: bytes) -> None:
+        self.wire.say("qr", qr=code.decode())
+
+    # ---- back on the loop ----
+
+    def _report_login(self, status: str) -> None:
+        self.wire.say("login", status=status)
+        if status != "success":
+            # The client's thread never returns from here; only ending the process frees it.
+            self.end(Exit.PAIRING)
+
+    def _report(self, code: int, raw: bytes) -> None:
+        name = _REPORTED[code]
+        event = INT_TO_EVENT[code].FromString(raw)
+        fields = MessageToDict(event)
+        if name == "connected":
+            self._connected = True
+            device = store.device(store_path(self.folder))
+            fields = (
+                {"identifier": device.identifier, "lid": device.lid, "name": device.name} if device else {}
+            )
+        elif name == "disconnected":
+            self._connected = False
+            self.gate.disconnected()
+        elif name == "paired":
+            name = "paired" if fields.get("Status") == "SUCCESS" else "pair_error"
+            fields = {"identifier": "+" + event.ID.User, "error": event.Error or None}
+        self.wire.say(name, **{k: v for k, v in fields.items() if k not in ("ev", "Raw")})
+
+    def _on_client_end(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        self.wire.say("ended", error=str(error) if error else None)
+        self.end(Exit.CONNECT if error else Exit.STOPPED)
+
+    async def _watch_gate(self) -> None:
+        """Once every fraction of a second: what must be healed, what is lost, whether the log still reads as it did."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            found = self.gate.look()
+            if found.unconfirmed:
+                self.wire.say("gate_alarm", count=found.unconfirmed)
+            for suspect in found.lost:
+                await asyncio.to_thread(self._note_lost, suspect)
+            if found.heal:
+                self.wire.say("heal", suspects=[_suspect(s) for s in found.heal])
+                self.end(Exit.HEAL)
+
+    def _note_lost(self, suspect: Suspect) -> None:
+        payload = orjson.dumps({"event": LOST, "at": time.time(), "data": _suspect(suspect)})
+        try:
+            self._append(LOST, suspect.key, payload)
+        except JournalError as error:
+            self._broken(error)
+        self.gate.stored(suspect.message_id, [suspect.sender], confirmed_later=False)
+        self.wire.say("lost", reason=suspect.reason)
+
+
+async def _unused(*_: object) -> None:
+    """Never called: `execute` is ours. Its place in the list tells neonize which events to deliver."""
+
+
+def _jid(text: str) -> Any:
+    user, _, server = text.partition("@")
+    return pb.JID(User=user, Server=server, Device=0, RawAgent=0, Integrator=0, IsEmpty=False)
+
+
+def _text(jid: Any) -> str:
+    return "" if jid.IsEmpty or not jid.User else f"{jid.User}@{jid.Server}"
+
+
+def _suspect(suspect: Suspect) -> dict[str, str]:
+    return {
+        "key": suspect.key,
+        "id": suspect.message_id,
+        "sender": suspect.sender,
+        "chat": suspect.chat,
+        "reason": suspect.reason,
+    }
+
+
+def _undecoded(raw: bytes, error: Exception) -> dict[str, str]:
+    return {"raw": b64encode(raw).decode(), "problem": f"{type(error).__name__}: {error}"}
+
+
+def _only_key_distribution(message: Any) -> bool:
+    """The first group message of a sender brings an extra event that only hands over the group key."""
+    names = {field.name for field, _ in message.ListFields()}
+    return "senderKeyDistributionMessage" in names and names <= {
+        "senderKeyDistributionMessage",
+        "messageContextInfo",
+    }
+
+
+def _lean(data: dict[str, Any]) -> dict[str, Any]:
+    """`Raw` is the message before unwrapping: mostly the same again."""
+    if data.get("Raw") == data.get("Message"):
+        data.pop("Raw", None)
+    return data
+
+
+def _is_empty(message: Any) -> bool:
+    """Nothing this version knows: a kind of message newer than the library, kept as bytes."""
+    return not {field.name for field, _ in message.ListFields()} - {"messageContextInfo"}
+
+
+def die_with_parent(parent: int | None) -> None:
+    """SIGKILL when the thread that started us ends; and at once when it ended before we could ask for that."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(Exit.PARENT)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The child's whole life. Returns only when it could not start; the code is one of `protocol.Exit`."""
+    parser = argparse.ArgumentParser(prog="gateway.whatsapp.client")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--parent", type=int)
+    options = parser.parse_args(argv)
+    die_with_parent(options.parent)
+    # whatsmeow's lines carry phone numbers and ciphertext; Python's logging must never print one.
+    logging.disable(logging.CRITICAL)
+    faults.arm_from_environment()
+    wire = Wire()
+    try:
+        lock = take(options.folder, seconds=LOCK_SECONDS)
+    except FolderTaken as taken:
+        wire.say("locked", error=str(taken), pid=taken.pid)
+        return Exit.LOCKED
+
+    async def live() -> None:
+        try:
+            child = Child(options.folder, wire)
+        except JournalError as error:
+            wire.say("journal_failed", error=error.detail)
+            os._exit(Exit.JOURNAL)
+        await child.run()
+
+    with lock:
+        asyncio.run(live())
+    return Exit.STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""From a session's journal to the sink: read in order, convert, hand over, release after the commit. Loses nothing.
+
+It never waits for WhatsApp and never skips: an entry that cannot be read is stored as `unsupported` with all of it, and
+while the database is away everything stays where it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import sqlite3
+import time
+from base64 import b64encode
+from collections.abc import Sequence
+
+import orjson
+
+from core import faults, log
+from core.channel import InboundMessage, MessageType, Person, SessionContext, Sink, StatusUpdate
+from core.errors import DatabaseUnavailable, JournalError
+from core.journal import Entry, Journal
+from core.metrics import Metrics
+from gateway.whatsapp import protocol, store
+from gateway.whatsapp.convert import convert_event, unreadable
+from gateway.whatsapp.timings import Timings
+
+BATCH = 100
+_LIDS_KEPT = 10_000
+
+logger = log.get(part="whatsapp")
+
+
+class Pump:
+    """One task per session. It runs whether or not a child does, so that a crash's rest is stored at once."""
+
+    def __init__(
+        self, context: SessionContext, sink: Sink, journal: Journal, *, metrics: Metrics, timings: Timings
+    ) -> None:
+        self._context, self._sink, self._journal = context, sink, journal
+        self._metrics, self._timings = metrics, timings
+        self._hint = asyncio.Event()
+        self._lids: dict[str, str] = {}
+        self._after = 0
+        self._look_back_at = 0.0
+        self._pruned_at = time.monotonic()
+        self.idle = asyncio.Event()
+        """Set while the journal holds nothing that is not stored."""
+
+    def hint(self) -> None:
+        """Something was journaled."""
+        self.idle.clear()
+        self._hint.set()
+
+    async def run(self) -> None:
+        wait = self._timings.store_retry
+        while True:
+            try:
+                self._hint.clear()
+                if await self._step():
+                    wait = self._timings.store_retry
+                    continue
+                self.idle.set()
+                await self._prune()
+                await self._rest()
+            except DatabaseUnavailable:
+                logger.warning(
+                    "journal.waiting", session_id=self._context.session_id, result="database_unavailable"
+                )
+                await asyncio.sleep(wait)
+                wait = min(wait * 2, self._timings.store_retry_cap)
+            except JournalError as error:
+                logger.error("journal.unreadable", session_id=self._context.session_id, error=error.detail)
+                await asyncio.sleep(self._timings.store_retry_cap)
+
+    async def _rest(self) -> None:
+        try:
+            async with asyncio.timeout(self._timings.poll):
+                await self._hint.wait()
+        except TimeoutError:
+            if self._after and time.monotonic() >= self._look_back_at:
+                self._after = 0  # an entry that was left behind gets another look now and then
+
+    async def _step(self) -> bool:
+        """One batch; False when there is none."""
+        entries = await asyncio.to_thread(self._journal.pending, self._after, BATCH)
+        if not entries:
+            return False
+        messages: list[tuple[Entry, InboundMessage]] = []
+        updates: list[tuple[Entry, StatusUpdate]] = []
+        for entry in entries:
+            found, receipts = await self._convert(entry)
+            messages += [(entry, message) for message in found]
+            updates += [(entry, update) for update in receipts]
+        kept = await self._store(messages) | await self._apply(updates)
+        faults.point("whatsapp.release.before")
+        await asyncio.to_thread(
+            self._journal.release, [entry.number for entry in entries if entry.number not in kept]
+        )
+        if kept:  # pass by what cannot be stored now; everything behind it goes on
+            self._after = entries[-1].number
+            self._look_back_at = time.monotonic() + self._timings.look_back
+        self._metrics.journal_depth.labels(f"session-{self._context.session_id}").set(
+            await asyncio.to_thread(self._journal.depth)
+        )
+        return True
+
+    async def _convert(self, entry: Entry) -> tuple[Sequence[InboundMessage], Sequence[StatusUpdate]]:
+        try:
+            body = orjson.loads(entry.payload)
+            await self._learn_lids(body)
+            converted = convert_event(body, self._context, phone_of=self._lids.get)
+            self._count(entry.kind)
+            return converted.messages, converted.updates
+        except Exception as error:
+            # A bug of ours or a form nobody has seen: the message is stored all the same.
+            logger.error(
+                "message.unreadable",
+                session_id=self._context.session_id,
+                action=f"journal entry {entry.number} is stored as unsupported",
+                error=f"{type(error).__name__}: {error}",
+            )
+            if entry.kind == protocol.RECEIPT:
+                return (), ()
+            return (unreadable(entry.payload, entry.key, entry.appended_at, self._context),), ()
+
+    def _count(self, kind: str) -> None:
+        if kind == protocol.UNDECRYPTABLE:
+            self._metrics.undecryptable.labels(self._context.channel).inc()
+        elif kind == protocol.LOST:
+            self._metrics.possible_loss.labels(self._context.channel).inc()
+
+    async def _learn_lids(self, body: object) -> None:
+        """Look up phones of LIDs that came without one, so that the same person is the same lead."""
+        for lid in lids_without_phone(body):
+            if lid in self._lids:
+                continue
+            path = protocol.store_path(self._context.folder)
+            try:
+                phone = await asyncio.to_thread(store.phone_of_lid, path, lid)
+            except sqlite3.Error:
+                continue
+            if phone:
+                if len(self._lids) >= _LIDS_KEPT:
+                    self._lids.clear()
+                self._lids[lid] = phone
+
+    async def _store(self, messages: list[tuple[Entry, InboundMessage]]) -> set[int]:
+        """Numbers of entries that could not be stored."""
+        if not messages:
+            return set()
+        try:
+            await self._sink.received([message for _, message in messages])
+            return set()
+        except DatabaseUnavailable:
+            raise
+        except Exception as error:
+            if len(messages) > 1:
+                # One of them is poison: find it, in order, without holding up the others.
+                kept: set[int] = set()
+                for pair in messages:
+                    kept |= await self._store([pair])
+                return kept
+            return await self._store_stripped(messages[0], error)
+
+    async def _store_stripped(self, pair: tuple[Entry, InboundMessage], error: Exception) -> set[int]:
+        entry, message = pair
+        logger.error(
+            "message.refused",
+            session_id=self._context.session_id,
+            message_id=message.channel_message_id,
+            error=f"{type(error).__name__}: {error}",
+            action="storing it as unsupported",
+        )
+        plain = dataclasses.replace(
+            message,
+            message_type=MessageType.UNSUPPORTED,
+            content=None,
+            media_metadata=None,
+            reply_to_message_id=None,
+            person=Person(message.person.external_id, message.person.kind),
+            raw_payload={"payload_base64": b64encode(entry.payload).decode()},
+        )
+        try:
+            await self._sink.received([plain])
+            return set()
+        except DatabaseUnavailable:
+            raise
+        except Exception as second:
+            logger.error(
+                "message.not_stored",
+                session_id=self._context.session_id,
+                message_id=message.channel_message_id,
+                error=f"{type(second).__name__}: {second}",
+                action=f"journal entry {entry.number} stays in the journal; mend the database, it is tried again",
+            )
+            self._metrics.write_errors.labels(str(self._context.tenant_id), "refused").inc()
+            return {entry.number}
+
+    async def _apply(self, updates: list[tuple[Entry, StatusUpdate]]) -> set[int]:
+        if not updates:
+            return set()
+        try:
+            await self._sink.status([update for _, update in updates])
+            return set()
+        except DatabaseUnavailable:
+            raise
+        except Exception as error:
+            if len(updates) > 1:
+                kept: set[int] = set()
+                for pair in updates:
+                    kept |= await self._apply([pair])
+                return kept
+            logger.error(
+                "receipt.refused",
+                session_id=self._context.session_id,
+                error=f"{type(error).__name__}: {error}",
+                action="dropped: a receipt says nothing that is not asked for again",
+            )
+            return set()
+
+    async def _prune(self) -> None:
+        if time.monotonic() - self._pruned_at >= self._timings.prune:
+            self._pruned_at = time.monotonic()
+            await asyncio.to_thread(self._journal.prune)
+
+
+def lids_without_phone(body: object) -> list[str]:
+    """LIDs of the people in an event whose phone it does not name."""
+    if not isinstance(body, dict):
+        return []
+    data = body.get("data")
+    if not isinstance(data, dict):
+        return []
+    info = data.get("Info")
+    source = data.get("MessageSource") or (info.get("MessageSource") if isinstance(info, dict) else None)
+    if not isinstance(source, dict):
+        jids = [data.get("sender"), data.get("chat")]
+        return [j.partition("@")[0] for j in jids if isinstance(j, str) and j.endswith("@lid")]
+    pairs = (("Sender", "SenderAlt"), ("Chat", "RecipientAlt" if source.get("IsFromMe") else "SenderAlt"))
+    found = []
+    for name, alternative in pairs:
+        jid, other = source.get(name), source.get(alternative)
+        named = isinstance(other, dict) and other.get("User")
+        if isinstance(jid, dict) and jid.get("Server") == "lid" and jid.get("User") and not named:
+            found.append(str(jid["User"]))
+    return found
