@@ -95,6 +95,7 @@ async def _apply(conn: asyncpg.Connection[Any], migrations: list[Migration]) -> 
     await conn.execute("SET LOCAL search_path = public, pg_catalog")
     await conn.execute("SET LOCAL client_min_messages = warning")
     await conn.execute("SELECT pg_advisory_xact_lock($1)", ADVISORY_LOCK)
+    login = await conn.fetchval("SELECT current_user::TEXT")
     try:
         await conn.execute(
             """
@@ -107,7 +108,6 @@ async def _apply(conn: asyncpg.Connection[Any], migrations: list[Migration]) -> 
             """
         )
     except asyncpg.InsufficientPrivilegeError as error:
-        login = await conn.fetchval("SELECT current_user::TEXT")
         raise MigrationError(
             f"the login {login} may not create tables in this database's schema public: "
             f'make it the owner, ALTER DATABASE … OWNER TO "{login}"; ALTER SCHEMA public OWNER TO "{login}"'
