@@ -11,6 +11,7 @@ from core import log as logs
 from core.channel import MessageType
 from core.decide import hours, phrases
 from core.decide.config import Rule, RulesSettings, read
+from core.decide.context import zone
 from core.decide.later import follow_up_at
 from core.decide.match import Phrases, normalise
 from core.decide.port import Context, Decision
@@ -59,11 +60,12 @@ def decide(context: Context) -> Decision:
             error=problem,
         )
         return Decision("human_takeover", "invalid_settings")
-    zone = settings.zone or context.timezone
     lines = tuple(
         message.content for message in context.messages if message.content and message.content.strip()
     )
-    case = _Case(context, settings, lines, hours.is_open(settings, context.now, zone))
+    case = _Case(
+        context, settings, lines, hours.is_open(settings, context.now, settings.zone or context.timezone)
+    )
     decision = (
         _human_request(case)
         or _own_rules(case, first=True)
@@ -120,7 +122,8 @@ def _later(case: _Case) -> Decision | None:
     if not case.settings.built_in.follow_up or not case.lines:
         return None
     # Only the last word counts: "call me tomorrow" and then "what does it cost?" wants an answer.
-    when = follow_up_at(case.lines[-1], case.context.now, case.context.timezone)
+    theirs = zone(case.context.lead.timezone) or case.context.timezone
+    when = follow_up_at(case.lines[-1], case.context.now, theirs)
     if when is None:
         return None
     reply = built_in(case.context, case.settings, "follow_up")
