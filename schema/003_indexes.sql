@@ -21,6 +21,9 @@ CREATE INDEX IF NOT EXISTS et_messages_received ON et_messages (id, thread_id)
     WHERE direction = 'inbound' AND delivery_status = 'received' AND NOT is_history AND NOT placeholder;
 CREATE INDEX IF NOT EXISTS et_messages_received_by_thread ON et_messages (thread_id, id)
     WHERE direction = 'inbound' AND delivery_status = 'received' AND NOT is_history AND NOT placeholder;
+-- Could not be read and waits to be filled or given up.
+CREATE INDEX IF NOT EXISTS et_messages_placeholders ON et_messages (created_at)
+    WHERE placeholder AND direction = 'inbound' AND delivery_status = 'received' AND NOT is_history;
 CREATE INDEX IF NOT EXISTS et_messages_processing ON et_messages (id)
     WHERE delivery_status = 'inbound_processing';
 -- Receipts and echoes know the session and the channel's id, not always the lead.
