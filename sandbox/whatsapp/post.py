@@ -51,6 +51,7 @@ class PostOffice:
         self.retries: Ledger[Ack] = Ledger()
         self.logins: Ledger[JID] = Ledger()
         self.written: dict[str, list[Written]] = {}
+        self._acks_of: dict[str, list[Ack]] = {}
 
     def put(self, device: Device, kind: str, author: str, node: Node) -> None:
         """Queue a stanza, and write it at once when its device listens."""
@@ -123,8 +124,9 @@ class PostOffice:
         self._changed()
         if kind == "message" and how != "retry":
             self.acks.add(ack)
+            self._acks_of.setdefault(item_id, []).append(ack)
 
     def acked(self, item_id: str, device: JID | None = None) -> Ack | None:
         """A receipt if there is one, else a bare acknowledgement, which says no more than "do not send it again"."""
-        found = [a for a in self.acks if a.id == item_id and device in (None, a.device)]
+        found = [a for a in self._acks_of.get(item_id, ()) if device in (None, a.device)]
         return next((a for a in found if a.how == "receipt"), found[0] if found else None)

@@ -16,7 +16,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -75,6 +75,7 @@ class WhatsAppSandbox:
         await self._server.start()
         self.launch_file.write_text(json.dumps(self._launch_facts()))
         if self._autosave:
+            save(self._hub.world, self._state, clean=False)
             self._saver = asyncio.create_task(self._save_changes())
 
     async def stop(self) -> None:
@@ -86,7 +87,7 @@ class WhatsAppSandbox:
         await self._server.stop()
         await self._hub.stop_tasks()
         if self._temporary is None:
-            save(self._hub.world, self._state)
+            save(self._hub.world, self._state, clean=True)
 
     async def restart(self, down_for: float = 0.0) -> None:
         """The server goes away and comes back on the same ports with everything it knew."""
@@ -106,7 +107,7 @@ class WhatsAppSandbox:
             await self._dirty.wait()
             self._dirty.clear()
             started = time.monotonic()
-            save(self._hub.world, self._state)
+            save(self._hub.world, self._state, clean=False)
             await asyncio.sleep(max(_SAVE_EVERY, 20 * (time.monotonic() - started)))
 
     # --- the client ---
@@ -287,15 +288,20 @@ class WhatsAppSandbox:
         *,
         seconds: float | None = None,
         device: Device | None = None,
-        **attrs: str,
+        attrs: Mapping[str, str] | None = None,
     ) -> None:
-        """Turn logins away with a failure code: 401, 402 (ban: `code`, `expire`), 403, 405 (outdated), 503, …"""
+        """Turn logins away with a failure code: 401, 402 (`ban` is simpler), 403, 405 (outdated), 503, …
+
+        `attrs` are further attributes of the failure node.
+        """
         until = None if seconds is None else time.monotonic() + seconds
-        self._hub.faults.refusals.append(Refusal(reason, attrs, until, device.jid if device else None))
+        self._hub.faults.refusals.append(
+            Refusal(reason, dict(attrs or {}), until, device.jid if device else None)
+        )
 
     def ban(self, *, code: int = 101, expire: int = 3600, seconds: float | None = None) -> None:
         """A temporary ban: logins are refused and the client is told for how many seconds."""
-        self.refuse_logins(402, seconds=seconds, code=str(code), expire=str(expire))
+        self.refuse_logins(402, seconds=seconds, attrs={"code": str(code), "expire": str(expire)})
 
     def fail_sends(
         self,

@@ -82,6 +82,14 @@ class Server:
         return f"http://{LOOPBACK}:{self._hub.world.ports['proxy']}"
 
     async def start(self) -> None:
+        """Raises OSError when a port of an earlier run is taken."""
+        try:
+            await self._listen()
+        except OSError:
+            await self.stop()
+            raise
+
+    async def _listen(self) -> None:
         make_certificates(self._hub.folder)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self._hub.folder / "server.pem")

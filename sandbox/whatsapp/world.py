@@ -22,6 +22,7 @@ from sandbox.whatsapp.signal import Bundle, SenderKey, Session
 
 _ONE_TIME_KEYS = 100
 _FORMAT = 1
+_KEYS_LOST_BY_KILL = 50
 
 
 def message_id() -> str:
@@ -191,6 +192,7 @@ class World:
     groups: dict[str, Group] = field(default_factory=dict)
     ports: dict[str, int] = field(default_factory=dict)
     stanzas: int = 0
+    clean: bool = False  # saved by an orderly stop, nothing happened since
     format: int = _FORMAT
 
     @classmethod
@@ -221,13 +223,28 @@ class World:
     def devices(self) -> Iterator[Device]:
         return itertools.chain.from_iterable(a.devices.values() for a in self.accounts.values())
 
+    def recover(self) -> None:
+        """After a kill: the clients may know more than this file does.
+
+        A ratchet step taken twice would look like a repeated message, which a client drops without a word, so
+        every phone opens new sessions; one-time keys handed out since the last save are skipped.
+        """
+        for account in self.accounts.values():
+            account.sessions.clear()
+            account.own_sender_keys.clear()
+            account.key_holders.clear()
+            for device in account.devices.values():
+                del device.one_time[:_KEYS_LOST_BY_KILL]
+        self.stanzas += 10_000
+
     def next_stanza(self) -> int:
         self.stanzas += 1
         return self.stanzas
 
 
-def save(world: World, path: Path) -> None:
+def save(world: World, path: Path, *, clean: bool) -> None:
     """Write the state so that a kill at any moment leaves the old file or the new one."""
+    world.clean = clean
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         pickle.dump(world, file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -247,4 +264,6 @@ def load(path: Path) -> World | None:
         raise ValueError(f"{path} cannot be read ({error}): delete it to start with a new sandbox") from error
     if not isinstance(world, World) or world.format != _FORMAT:
         raise ValueError(f"{path} is from another version: delete it to start with a new sandbox")
+    if not world.clean:
+        world.recover()
     return world

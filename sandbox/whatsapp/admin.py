@@ -1,0 +1,461 @@
+"""The sandbox over HTTP, on loopback alone, so that `curl` can play the customer and break the network."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+from typing import Any, Literal, TypeVar
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sandbox.whatsapp import bodies, people
+from sandbox.whatsapp.pairing import PairingRefused
+from sandbox.whatsapp.phone import Phone, Received
+from sandbox.whatsapp.sandbox import WhatsAppSandbox
+from sandbox.whatsapp.world import Device, Group, digits
+
+_LOOPBACK = "127.0.0.1"
+_LONGEST_POLL = 60.0
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class NewPerson(_Body):
+    number: str
+    name: str = ""
+    auto_receipts: Literal["delivered", "read"] | None = "delivered"
+
+
+class Habits(_Body):
+    auto_receipts: Literal["delivered", "read", "none"] | None = None
+    answers_retries: bool | None = None
+    retry_delay: float | None = None
+
+
+class Scan(_Body):
+    qr: str
+
+
+class Code(_Body):
+    code: str
+
+
+class Send(_Body):
+    to: str | None = None
+    group: str | None = None
+    text: str = ""
+    mode: Literal["lid", "pn", "lid-only"] = "lid"
+    quoted: str | None = None
+    id: str | None = None
+    kind: Literal["image", "video", "audio", "document", "sticker"] | None = None
+    data: str = ""  # base64
+    mimetype: str = "application/octet-stream"
+    filename: str | None = None
+
+
+class Garbage(_Body):
+    to: str
+    text: str = "repaired"
+    repair: Literal["yes", "never", "garbage"] = "yes"
+
+
+class Receipt(_Body):
+    id: str
+    kind: Literal["delivered", "read", "played"] = "read"
+
+
+class Typing(_Body):
+    to: str
+    on: bool = True
+
+
+class ScriptRun(_Body):
+    to: str
+    script: str
+    patience: float = 30.0
+
+
+class NewGroup(_Body):
+    name: str
+    members: list[str]
+
+
+class Act(_Body):
+    do: Literal["drop", "abort", "replace", "remove", "silence", "deafen", "talk", "stream-error", "forget"]
+    code: int = 503
+
+
+class SendFaults(_Body):
+    action: Literal["nack", "swallow_ack", "swallow", "delay_ack"] = "nack"
+    code: int = 463
+    seconds: float = 0
+    times: int | None = None
+    to: str | None = None
+
+
+class LoginFaults(_Body):
+    reason: int = 503
+    seconds: float | None = None
+    attrs: dict[str, str] = {}
+
+
+class Restart(_Body):
+    down_for: float = 0.0
+
+
+_Model = TypeVar("_Model", bound=_Body)
+
+
+class AdminServer:
+    """`await start(port)` gives the address; `await stop()` ends it. Stop it before the sandbox."""
+
+    def __init__(self, wa: WhatsAppSandbox) -> None:
+        self._wa = wa
+        self._runner: web.AppRunner | None = None
+        self.url = ""
+
+    async def start(self, port: int = 0) -> str:
+        """Raises OSError when the port is taken."""
+        app = web.Application(middlewares=[_errors], client_max_size=64 << 20)
+        add = app.router
+        add.add_get("/", self._overview)
+        add.add_get("/people", self._people)
+        add.add_post("/people", self._new_person)
+        add.add_patch("/people/{number}", self._habits)
+        add.add_post("/people/{number}/scan", self._scan)
+        add.add_post("/people/{number}/code", self._code)
+        add.add_post("/people/{number}/send", self._send)
+        add.add_post("/people/{number}/garbage", self._garbage)
+        add.add_post("/people/{number}/receipt", self._receipt)
+        add.add_post("/people/{number}/typing", self._typing)
+        add.add_post("/people/{number}/script", self._script)
+        add.add_get("/people/{number}/messages", self._messages)
+        add.add_get("/people/{number}/messages/{id}/media", self._media)
+        add.add_get("/people/{number}/receipts", self._receipts)
+        add.add_post("/people/{number}/devices/{device}", self._act)
+        add.add_get("/groups", self._groups)
+        add.add_post("/groups", self._new_group)
+        add.add_get("/calls", self._calls)
+        add.add_get("/acks/{id}", self._ack)
+        add.add_post("/faults/sends", self._send_faults)
+        add.add_post("/faults/logins", self._login_faults)
+        add.add_delete("/faults", self._clear)
+        add.add_post("/restart", self._restart)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, _LOOPBACK, port).start()
+        self.url = f"http://{_LOOPBACK}:{self._runner.addresses[0][1]}"
+        return self.url
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    # --- looking people up ---
+
+    def _named(self, number: str) -> Phone:
+        wanted = "+" + digits(number)
+        for phone in self._wa.people:
+            if phone.number == wanted:
+                return phone
+        raise web.HTTPNotFound(text=f"nobody here has the number {wanted}: POST /people first")
+
+    def _person(self, request: web.Request) -> Phone:
+        return self._named(request.match_info["number"])
+
+    def _device(self, request: web.Request) -> Device:
+        phone = self._person(request)
+        try:
+            return phone.account.devices[int(request.match_info["device"])]
+        except (KeyError, ValueError):
+            numbers = ", ".join(map(str, phone.account.devices)) or "none"
+            raise web.HTTPNotFound(
+                text=f"{phone.number} has no such linked device; it has: {numbers}"
+            ) from None
+
+    def _group(self, group_id: str) -> Group:
+        for group in self._wa.groups:
+            if group_id in (group.id, str(group.jid)):
+                return group
+        raise web.HTTPNotFound(text=f"there is no group {group_id}")
+
+    # --- what is there ---
+
+    async def _overview(self, request: web.Request) -> web.Response:
+        return web.json_response(
+            {
+                "launch_file": str(self._wa.launch_file.resolve()),
+                "client_command": self._wa.client_command(),
+                "people": [self._describe(phone) for phone in self._wa.people],
+                "groups": [_describe_group(group) for group in self._wa.groups],
+                "routes": sorted(
+                    f"{route.method} {route.resource.canonical}"
+                    for route in request.app.router.routes()
+                    if route.resource is not None and route.method != "HEAD"
+                ),
+            }
+        )
+
+    def _describe(self, phone: Phone) -> dict[str, Any]:
+        devices = [
+            {
+                "device": device.number,
+                "jid": str(device.jid),
+                "online": self._wa.is_online(device),
+                "waiting": len(device.mailbox.waiting),
+            }
+            for device in phone.devices
+        ]
+        return {
+            "number": phone.number,
+            "name": phone.name,
+            "lid": phone.lid,
+            "auto_receipts": phone.auto_receipts,
+            "devices": devices,
+            "received": len(phone.received),
+        }
+
+    async def _people(self, request: web.Request) -> web.Response:
+        return web.json_response([self._describe(phone) for phone in self._wa.people])
+
+    async def _new_person(self, request: web.Request) -> web.Response:
+        body = await _read(request, NewPerson)
+        phone = self._wa.person(body.number, body.name, auto_receipts=body.auto_receipts)
+        return web.json_response(self._describe(phone), status=201)
+
+    async def _habits(self, request: web.Request) -> web.Response:
+        phone, body = self._person(request), await _read(request, Habits)
+        if body.auto_receipts is not None:
+            phone.auto_receipts = None if body.auto_receipts == "none" else body.auto_receipts
+        if body.answers_retries is not None:
+            phone.answers_retries = body.answers_retries
+        if body.retry_delay is not None:
+            phone.retry_delay = body.retry_delay
+        return web.json_response(self._describe(phone))
+
+    # --- linking ---
+
+    async def _scan(self, request: web.Request) -> web.Response:
+        phone, body = self._person(request), await _read(request, Scan)
+        device = await phone.scan(body.qr)
+        return web.json_response({"device": device.number, "jid": str(device.jid)}, status=201)
+
+    async def _code(self, request: web.Request) -> web.Response:
+        phone, body = self._person(request), await _read(request, Code)
+        device = await phone.enter_code(body.code)
+        return web.json_response({"device": device.number, "jid": str(device.jid)}, status=201)
+
+    # --- talking ---
+
+    async def _send(self, request: web.Request) -> web.Response:
+        phone, body = self._person(request), await _read(request, Send)
+        if (body.to is None) == (body.group is None):
+            raise web.HTTPUnprocessableEntity(text="name either `to` (a number) or `group` (its id)")
+        message = self._body(phone, body)
+        if body.group is not None:
+            msg_id = await phone.send_group(self._group(body.group), message, msg_id=body.id)
+        else:
+            to = self._named(body.to or "")
+            if body.quoted is not None and body.kind is None:
+                msg_id = await phone.send_text(
+                    to, body.text, mode=body.mode, quoted=body.quoted, msg_id=body.id
+                )
+            else:
+                msg_id = await phone.send_message(to, message, mode=body.mode, msg_id=body.id)
+        return web.json_response({"id": msg_id}, status=201)
+
+    def _body(self, phone: Phone, body: Send) -> Any:
+        if body.kind is None:
+            if not body.text:
+                raise web.HTTPUnprocessableEntity(text="`text` is empty")
+            return bodies.text(body.text)
+        try:
+            data = base64.b64decode(body.data, validate=True)
+        except binascii.Error as error:
+            raise web.HTTPUnprocessableEntity(text=f"`data` is not base64: {error}") from None
+        fields: dict[str, Any] = {"mimetype": body.mimetype}
+        if body.text and body.kind in ("image", "video", "document"):
+            fields["caption"] = body.text
+        if body.filename and body.kind == "document":
+            fields["fileName"] = body.filename
+        return phone.media_body(body.kind, data, **fields)
+
+    async def _garbage(self, request: web.Request) -> web.Response:
+        phone, body = self._person(request), await _read(request, Garbage)
+        msg_id = await phone.send_garbage(self._named(body.to), body.text, repair=body.repair)
+        return web.json_response({"id": msg_id}, status=201)
+
+    async def _receipt(self, request: web.Request) -> web.Response:
+        phone, body = self._person(request), await _read(request, Receipt)
+        send = {"delivered": phone.deliver, "read": phone.read, "played": phone.played}[body.kind]
+        await send(body.id)
+        return web.json_response({"id": body.id, "kind": body.kind})
+
+    async def _typing(self, request: web.Request) -> web.Response:
+        phone, body = self._person(request), await _read(request, Typing)
+        await phone.typing(self._named(body.to), body.on)
+        return web.json_response({"on": body.on})
+
+    async def _script(self, request: web.Request) -> web.Response:
+        """Plays the whole script before it answers; 409 when an expected answer does not come."""
+        phone, body = self._person(request), await _read(request, ScriptRun)
+        played: list[str] = []
+        script = people.Script(
+            phone,
+            self._named(body.to),
+            body.script,
+            patience=body.patience,
+            told=lambda step: played.append(f"{step.verb} {step.text}".strip()),
+        )
+        try:
+            await script.run()
+        except people.ScriptFailed as error:
+            return web.json_response({"played": played, "error": str(error)}, status=409)
+        return web.json_response({"played": played})
+
+    async def _messages(self, request: web.Request) -> web.Response:
+        """`after`: how many are known already; `wait`: seconds to wait for a further one."""
+        phone = self._person(request)
+        after, wait = _number(request, "after"), min(_number(request, "wait"), _LONGEST_POLL)
+        start = int(after)
+        if len(phone.received) <= start and wait > 0:
+            with contextlib.suppress(TimeoutError):
+                await phone.received.wait_for(start=start, timeout=wait)
+        items = [_describe_message(message) for message in phone.received.items[start:]]
+        return web.json_response({"messages": items, "next": len(phone.received)})
+
+    async def _media(self, request: web.Request) -> web.Response:
+        phone, msg_id = self._person(request), request.match_info["id"]
+        for message in phone.received:
+            if message.id == msg_id:
+                return web.Response(body=phone.media_bytes(message.message))
+        raise web.HTTPNotFound(text=f"{phone.number} has not received {msg_id}")
+
+    async def _receipts(self, request: web.Request) -> web.Response:
+        phone = self._person(request)
+        return web.json_response([{"id": r.id, "kind": r.kind, "at": r.at} for r in phone.receipts])
+
+    # --- groups ---
+
+    async def _groups(self, request: web.Request) -> web.Response:
+        return web.json_response([_describe_group(group) for group in self._wa.groups])
+
+    async def _new_group(self, request: web.Request) -> web.Response:
+        body = await _read(request, NewGroup)
+        group = self._wa.group([self._named(number) for number in body.members], body.name)
+        return web.json_response(_describe_group(group), status=201)
+
+    # --- breaking things, and looking ---
+
+    async def _act(self, request: web.Request) -> web.Response:
+        device, body = self._device(request), await _read(request, Act)
+        if body.do in ("drop", "abort"):
+            await self._wa.drop(device, abort=body.do == "abort")
+        elif body.do in ("replace", "remove"):
+            await self._wa.kick(device, "replaced" if body.do == "replace" else "removed")
+        elif body.do in ("silence", "deafen"):
+            self._wa.silence(device, "dead" if body.do == "silence" else "deaf")
+        elif body.do == "talk":
+            self._wa.unsilence(device)
+        elif body.do == "forget":
+            self._wa.forget_device(device)
+        else:
+            await self._wa.stream_error(device, body.code)
+        return web.json_response({"done": body.do})
+
+    async def _send_faults(self, request: web.Request) -> web.Response:
+        body = await _read(request, SendFaults)
+        self._wa.fail_sends(
+            body.action,
+            code=body.code,
+            seconds=body.seconds,
+            times=body.times,
+            to=self._named(body.to) if body.to else None,
+        )
+        return web.json_response({"faults": "on"})
+
+    async def _login_faults(self, request: web.Request) -> web.Response:
+        body = await _read(request, LoginFaults)
+        self._wa.refuse_logins(body.reason, seconds=body.seconds, attrs=body.attrs)
+        return web.json_response({"faults": "on"})
+
+    async def _clear(self, request: web.Request) -> web.Response:
+        self._wa.clear_faults()
+        return web.json_response({"faults": "off"})
+
+    async def _restart(self, request: web.Request) -> web.Response:
+        body = await _read(request, Restart)
+        await self._wa.restart(min(body.down_for, _LONGEST_POLL))
+        return web.json_response({"done": "restart"})
+
+    async def _calls(self, request: web.Request) -> web.Response:
+        start = int(_number(request, "after"))
+        items = [
+            {"id": c.id, "to": str(c.to), "device": str(c.device), "outcome": c.outcome, "at": c.at}
+            for c in self._wa.calls.items[start:]
+        ]
+        return web.json_response({"calls": items, "next": len(self._wa.calls)})
+
+    async def _ack(self, request: web.Request) -> web.Response:
+        msg_id = request.match_info["id"]
+        ack = self._wa.acked(msg_id)
+        written = [w.at for w in self._wa.written(msg_id)]
+        return web.json_response({"id": msg_id, "written": written, "acked": ack.at if ack else None})
+
+
+def _describe_group(group: Group) -> dict[str, Any]:
+    return {"id": group.id, "name": group.name, "members": group.members}
+
+
+def _describe_message(message: Received) -> dict[str, Any]:
+    found = bodies.media_of(message.message)
+    return {
+        "id": message.id,
+        "from": message.sender,
+        "chat": message.chat,
+        "text": message.text,
+        "media": found[0] if found else None,
+        "from_me": message.from_me,
+        "duplicate": message.duplicate,
+        "at": message.at,
+    }
+
+
+def _number(request: web.Request, name: str) -> float:
+    try:
+        return max(0.0, float(request.query.get(name, "0")))
+    except ValueError:
+        raise web.HTTPUnprocessableEntity(text=f"`{name}` is not a number") from None
+
+
+async def _read(request: web.Request, model: type[_Model]) -> _Model:
+    try:
+        return model.model_validate_json(await request.read() or b"{}")
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors())
+        raise web.HTTPUnprocessableEntity(text=problems) from None
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    # A page in somebody's browser must not be able to reach this under a name of its own.
+    if request.host.partition(":")[0] not in (_LOOPBACK, "localhost"):
+        return _problem(403, "only http://127.0.0.1 and http://localhost")
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        return _problem(error.status, error.text or error.reason)
+    except PairingRefused as error:
+        return _problem(409, str(error))
+    except ValueError as error:
+        return _problem(422, str(error))
+
+
+def _problem(status: int, text: str) -> web.StreamResponse:
+    return web.json_response({"error": text}, status=status)

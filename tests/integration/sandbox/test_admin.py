@@ -1,0 +1,293 @@
+"""The sandbox from outside: its HTTP API, scripted people, and the command that runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from sandbox.whatsapp import people
+from sandbox.whatsapp.admin import AdminServer
+from sandbox.whatsapp.sandbox import WhatsAppSandbox
+from tests.integration.sandbox.conftest import Linked
+from tests.support.whatsapp_real import RealClient
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+class Admin:
+    def __init__(self, url: str, http: aiohttp.ClientSession) -> None:
+        self._url, self._http = url, http
+
+    async def call(self, method: str, path: str, expect: int | None = None, **body: Any) -> Any:
+        async with self._http.request(method, self._url + path, json=body or None) as answer:
+            if expect is None:
+                assert answer.status < 300, await answer.text()
+            else:
+                assert answer.status == expect, await answer.text()
+            return await answer.json() if answer.content_type == "application/json" else await answer.read()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def admin(linked: Linked) -> AsyncIterator[Admin]:
+    server = AdminServer(linked.wa)
+    url = await server.start()
+    async with aiohttp.ClientSession() as http:
+        yield Admin(url, http)
+    await server.stop()
+
+
+async def test_the_overview_lists_people_devices_and_routes(admin: Admin, linked: Linked) -> None:
+    overview = await admin.call("GET", "/")
+    shop = next(p for p in overview["people"] if p["number"] == "+60123456789")
+    assert shop["devices"] == [{"device": 1, "jid": str(linked.device.jid), "online": True, "waiting": 0}]
+    assert "POST /people/{number}/send" in overview["routes"]
+    assert "sandbox.whatsapp.launcher" in overview["client_command"]
+
+
+async def test_curl_can_play_the_customer(admin: Admin, linked: Linked) -> None:
+    created = await admin.call("POST", "/people", number="+60111222777", name="Tan", auto_receipts=None)
+    assert (created["number"], created["devices"]) == ("+60111222777", [])
+    sent = await admin.call("POST", "/people/60111222777/send", to="+60123456789", text="by curl")
+    assert (await linked.client.message(sent["id"]))["text"] == "by curl"
+    await linked.wa.wait_acked(sent["id"])
+    fate = await admin.call("GET", f"/acks/{sent['id']}")
+    assert fate["acked"] >= fate["written"][0]
+    waiting = asyncio.create_task(admin.call("GET", "/people/60111222777/messages?after=0&wait=10"))
+    await asyncio.sleep(0)
+    answer = await linked.client.do("send", to="60111222777", text="hello curl")
+    got = await waiting
+    assert [(m["id"], m["text"], m["from"]) for m in got["messages"]] == [
+        (answer["ID"], "hello curl", "+60123456789")
+    ]
+    assert got["next"] == 1
+    await admin.call("POST", "/people/60111222777/receipt", id=answer["ID"], kind="read")
+    await linked.client.wait(
+        "ReceiptEv", lambda e: e["data"].get("Type") == "READ" and answer["ID"] in e["data"]["MessageIDs"]
+    )
+    quote = await admin.call(
+        "POST", "/people/60111222777/send", to="+60123456789", text="that one", quoted=answer["ID"]
+    )
+    assert (await linked.client.message(quote["id"]))["quoted"] == answer["ID"]
+    calls = await admin.call("GET", "/calls?after=0")
+    assert calls["calls"][-1]["outcome"] == "accepted"
+
+
+async def test_media_groups_and_own_text_by_curl(admin: Admin, linked: Linked) -> None:
+    photo = b"\x89PNG not really"
+    sent = await admin.call(
+        "POST",
+        "/people/60111222333/send",
+        to="+60123456789",
+        kind="image",
+        data=base64.b64encode(photo).decode(),
+        mimetype="image/png",
+        text="look",
+    )
+    assert (await linked.client.message(sent["id"]))["text"] == "look"
+    assert bytes.fromhex(await linked.client.do("download")) == photo
+    assert await admin.call("GET", f"/people/60123456789/messages/{sent['id']}/media") == photo
+    group = await admin.call("POST", "/groups", name="Family", members=["+60111222333", "+60123456789"])
+    sent = await admin.call("POST", "/people/60111222333/send", group=group["id"], text="in the group")
+    await linked.client.wait("MessageEv", lambda e: (e["id"], e["text"]) == (sent["id"], "in the group"))
+    own = await admin.call("POST", "/people/60123456789/send", to="+60111222333", text="typed")
+    event = await linked.client.message(own["id"])
+    assert event["info"]["MessageSource"]["IsFromMe"] is True
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "says"),
+    [
+        ("POST", "/people", {"number": "mei"}, 422, "not a phone number"),
+        ("POST", "/people", {"nummer": "1"}, 422, "nummer"),
+        ("POST", "/people/123/send", {"to": "+1", "text": "x"}, 404, "POST /people first"),
+        ("POST", "/people/60111222333/send", {"text": "x"}, 422, "either"),
+        ("POST", "/people/60111222333/send", {"to": "+60123456789"}, 422, "empty"),
+        (
+            "POST",
+            "/people/60111222333/send",
+            {"to": "+60123456789", "kind": "image", "data": "%"},
+            422,
+            "base64",
+        ),
+        ("POST", "/people/60111222333/send", {"group": "1", "text": "x"}, 404, "no group"),
+        ("POST", "/people/60111222333/scan", {"qr": "no"}, 409, "not the text"),
+        ("POST", "/people/60111222333/code", {"code": "ABCD-EFGH"}, 409, "nobody asked"),
+        ("POST", "/people/60111222333/receipt", {"id": "none"}, 422, "not received"),
+        ("POST", "/people/60123456789/devices/9", {"do": "drop"}, 404, "it has: 1"),
+        ("GET", "/people/60111222333/messages?after=x", {}, 422, "after"),
+        ("POST", "/people/60111222333/script", {"to": "+60123456789", "script": "sing"}, 422, "line 1"),
+    ],
+)
+async def test_a_wrong_request_says_what_is_wrong(
+    admin: Admin, method: str, path: str, body: dict[str, Any], status: int, says: str
+) -> None:
+    assert says in (await admin.call(method, path, status, **body))["error"]
+
+
+async def test_only_loopback_names_are_answered(admin: Admin) -> None:
+    async with admin._http.get(admin._url + "/", headers={"Host": "evil.example"}) as answer:
+        assert answer.status == 403
+
+
+async def test_a_scripted_person_holds_a_conversation(admin: Admin, linked: Linked) -> None:
+    async def shop() -> None:
+        for question, answer in (
+            ("how much", "The price is RM 5"),
+            ("delivery", "Yes, RM 2 more"),
+            ("thanks", "Bye"),
+        ):
+            await linked.client.wait("MessageEv", lambda e, q=question: q in e["text"].lower())
+            await linked.client.do("send", to="60111222888", text=answer)
+
+    await admin.call("POST", "/people", number="+60111222888", name="Lim")
+    answering = asyncio.create_task(shop())
+    played = await admin.call(
+        "POST",
+        "/people/60111222888/script",
+        to="+60123456789",
+        script="""
+            # a customer
+            on price: And with delivery?
+            typing
+            say Hi, how much is it?
+            expect price
+            read
+            expect
+            say Thanks!
+            expect bye
+            wait 0.01
+        """,
+        patience=10,
+    )
+    await answering
+    assert played["played"][-1] == "wait 0.01"
+    late = await admin.call(
+        "POST",
+        "/people/60111222888/script",
+        409,
+        to="+60123456789",
+        script="expect a miracle",
+        patience=0.05,
+    )
+    assert "line 1: Lim waited 0.05 s for an answer with 'a miracle'" in late["error"]
+
+
+@pytest.mark.parametrize("script", ["say", "on price", "wait long", "sing a song"])
+async def test_a_wrong_script_is_refused_before_it_runs(script: str) -> None:
+    with pytest.raises(people.ScriptError, match="line 2"):
+        people.parse("# first line\n" + script)
+
+
+async def test_faults_by_curl(admin: Admin, linked: Linked) -> None:
+    await admin.call("POST", "/faults/sends", action="nack", code=475, times=1)
+    with pytest.raises(Exception, match="475"):
+        await linked.client.do("send", to="60111222333", text="refused")
+    await admin.call("POST", "/people/60123456789/devices/1", do="deafen")
+    sent = await admin.call("POST", "/people/60111222333/send", to="+60123456789", text="deaf")
+    assert (await admin.call("GET", f"/acks/{sent['id']}"))["written"] == []
+    await admin.call("DELETE", "/faults")
+    await linked.client.message(sent["id"])
+    garbage = await admin.call("POST", "/people/60111222333/garbage", to="+60123456789", text="now clear")
+    await linked.client.message(garbage["id"])
+    start = len(linked.client.events)
+    await admin.call("POST", "/restart")
+    await linked.client.wait("ConnectedEv", start=start)
+    await linked.wa.wait_online(linked.device)
+    await admin.call("POST", "/people/60123456789/devices/1", do="remove")
+    await linked.client.wait("LoggedOutEv")
+    assert linked.shop.devices == []
+
+
+async def start_command(state: Path) -> tuple[asyncio.subprocess.Process, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "sandbox",
+        "--state",
+        str(state),
+        "--port",
+        "0",
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parents[3],
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(15):
+        while line := (await process.stdout.readline()).decode():
+            if found := re.search(r"Admin API: (\S+)", line):
+                return process, found[1]
+    raise AssertionError((await process.stderr.read()).decode() if process.stderr else "")
+
+
+async def finish(process: asyncio.subprocess.Process) -> str:
+    _, err = await asyncio.wait_for(process.communicate(), 10)
+    return err.decode()
+
+
+async def test_the_command_can_be_killed_and_started_again_under_a_linked_client(tmp_path: Path) -> None:
+    process, url = await start_command(tmp_path)
+    client = None
+    try:
+        async with aiohttp.ClientSession() as http:
+            admin = Admin(url, http)
+            client = await RealClient.start(
+                WhatsAppSandbox(tmp_path)
+            )  # for its launch file; it is never started
+            await client.do("connect", db=f"{tmp_path}/session.db")
+            await admin.call("POST", "/people/60123456789/scan", qr=(await client.wait("qr"))["qr"])
+            await client.wait("ConnectedEv")
+            first = await admin.call("POST", "/people/60111222333/send", to="+60123456789", text="before")
+            await client.message(first["id"])
+            await client.do("send", to="60111222333", text="before the kill")
+            launch = json.loads((tmp_path / "launch.json").read_text())
+            await asyncio.sleep(1.2)  # the state is written once in half a second
+            start = len(client.events)
+            process.kill()
+            await finish(process)
+            process, admin._url = await start_command(tmp_path)
+            assert json.loads((tmp_path / "launch.json").read_text()) == launch
+            await client.wait("ConnectedEv", start=start, timeout=30)
+            second = await admin.call("POST", "/people/60111222333/send", to="+60123456789", text="after")
+            assert (await client.message(second["id"]))["text"] == "after"
+            await client.do("send", to="60111222333", text="after the kill")
+            got = await admin.call("GET", "/people/60111222333/messages?after=0&wait=5")
+            assert [m["text"] for m in got["messages"] if not m["duplicate"]][-1] == "after the kill"
+            _, err = await start_second(tmp_path)
+            assert "is running" in err
+            process.send_signal(signal.SIGTERM)
+            assert await finish(process) == ""
+            assert process.returncode == 0
+    finally:
+        if client is not None:
+            await client.kill()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def start_second(state: Path) -> tuple[int, str]:
+    other = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "sandbox",
+        "--state",
+        str(state),
+        "--port",
+        "0",
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=Path(__file__).parents[3],
+    )
+    err = await finish(other)
+    return other.returncode or 0, err
