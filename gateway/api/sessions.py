@@ -1,0 +1,428 @@
+"""Channel sessions: made, listed, changed, started, stopped, ended. Wishes are written as rows; their owner acts on them."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from typing import Annotated, Any, Protocol
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import AfterValidator, Field
+
+from core.channel import NumberCheck as NumberChecker
+from core.channel import SessionId, SessionStatus
+from core.errors import Invalid
+from core.identity import address_of, external_id
+from core.store import audit, credentials, leases
+from core.store import crm as crm_store
+from core.store import sessions as store
+from core.store.sessions import SessionRow
+from gateway.api.models import (
+    Body,
+    ChannelName,
+    Id,
+    JsonObject,
+    Name,
+    NoBody,
+    NoQuery,
+    SessionStatusName,
+    View,
+)
+from gateway.api.problems import Problem, invalid
+from gateway.api.routing import Call, Reply, Routes, Subject
+
+routes = Routes("sessions")
+SUBJECT = Subject("session", "session_id", "et_channel_sessions")
+
+DELETE_WAIT_SECONDS = 8.0
+
+_ACTIONS = {
+    "pairing": "scan the QR code (GET …/qr), or ask for a code (POST …/pairing-code)",
+    "logged_out": "pair it again: GET …/qr",
+    "suspended": "see status_reason; wait until the channel lifts it",
+}
+
+
+def _proxy(value: str) -> str:
+    parts = urlsplit(value)
+    try:
+        usable = parts.scheme in ("http", "https", "socks5") and parts.hostname and parts.port
+    except ValueError:
+        usable = None
+    if not usable:
+        raise ValueError("must be http://, https:// or socks5:// with host and port")
+    return value
+
+
+Proxy = Annotated[str, Field(max_length=500), AfterValidator(_proxy)]
+
+
+class Session(View):
+    session_id: int
+    channel_type: str
+    identifier: str
+    name: str | None
+    status: SessionStatusName
+    status_reason: str | None
+    last_connected: datetime | None
+    action: str | None = Field(description="What a person must do now.")
+
+
+class SessionDetail(Session):
+    tenant_id: int
+    wanted: str
+    default_workspace_id: int | None
+    expected_identifier: str | None
+    proxy: str | None = Field(description="Without its user and password.")
+    settings: JsonObject
+    owner: str | None = Field(description="The gateway that runs it.")
+    counters: dict[str, int]
+    created_at: datetime
+    updated_at: datetime
+
+
+class NewSession(Body):
+    channel_type: ChannelName
+    name: Name | None = None
+    default_workspace_id: Id | None = None
+    expected_identifier: Annotated[str, Field(min_length=1, max_length=320)] | None = Field(
+        None, description="Pairing any other number is undone."
+    )
+    proxy: Proxy | None = None
+    settings: JsonObject = Field(default_factory=dict)
+    credentials: JsonObject | None = Field(
+        None,
+        description="Encrypted at rest, never shown again. WhatsApp by webhook: `app_secret`, `verify_token`.",
+    )
+
+
+class SessionChange(Body):
+    name: Name | None = None
+    default_workspace_id: Id | None = None
+    proxy: Proxy | None = None
+    settings: JsonObject | None = None
+    credentials: JsonObject | None = Field(None, description="Replaces all that are stored.")
+
+
+class Recipients(Body):
+    recipients: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=320)]], Field(min_length=1, max_length=100)
+    ]
+
+
+class Reachable(View):
+    results: dict[str, bool] = Field(description="Per recipient as it was given.")
+
+
+def action_of(session: SessionRow) -> str | None:
+    """What a person must do now, or None."""
+    if session.action is not None:
+        return session.action
+    if session.pending and session.status == SessionStatus.DISCONNECTED:
+        return _ACTIONS["pairing"]
+    return _ACTIONS.get(session.status)
+
+
+def view(session: SessionRow) -> Session:
+    return Session(**_fields(session))
+
+
+def _fields(session: SessionRow) -> dict[str, Any]:
+    return {
+        "session_id": session.id,
+        "channel_type": session.channel_type,
+        "identifier": session.identifier,
+        "name": session.name,
+        "status": session.status.value,
+        "status_reason": session.status_reason,
+        "last_connected": session.last_connected_at,
+        "action": action_of(session),
+    }
+
+
+async def read_session(call: Call[Any, Any], session_id: int) -> SessionRow:
+    """The session a body or the path names. 404 when it is not this tenant's, with an audit row when it is another's."""
+    if "session_id" not in call.request.match_info:
+        await call.own("session", "et_channel_sessions", session_id)
+    async with call.db.tenant(call.tenant_id) as conn:
+        return await store.get(conn, call.tenant_id, session_id)
+
+
+async def _detail(call: Call[Any, Any], session_id: int) -> SessionDetail:
+    async with call.db.tenant(call.tenant_id) as conn:
+        session = await store.get(conn, call.tenant_id, session_id)
+        owner = await leases.holder(conn, session_id)
+        counters = await crm_store.session_counters(conn, call.tenant_id, session_id)
+    metadata = session.metadata
+    settings = metadata.get("settings")
+    workspace = metadata.get("default_workspace_id")
+    return SessionDetail(
+        **_fields(session),
+        tenant_id=session.tenant_id,
+        wanted=session.wanted,
+        default_workspace_id=workspace if isinstance(workspace, int) else None,
+        expected_identifier=metadata.get("expected_identifier"),
+        proxy=metadata.get("proxy"),
+        settings=settings if isinstance(settings, dict) else {},
+        owner=owner,
+        counters=counters,
+        created_at=session.created_at,
+        updated_at=session.updated_at,
+    )
+
+
+def split_proxy(proxy: str) -> tuple[str, str | None]:
+    """What may be shown of a proxy, and the whole of it when it holds a password (that is a credential)."""
+    parts = urlsplit(proxy)
+    if "@" not in parts.netloc:
+        return proxy, None
+    shown = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return shown, proxy
+
+
+@routes.add(
+    "GET",
+    "/sessions/{tenant_id}",
+    access="path",
+    scope=("read", "sessions"),
+    returns={200: list[Session]},
+)
+async def listed(call: Call[NoQuery, NoBody]) -> list[Session]:
+    """List the tenant's sessions, each with what a person must do now."""
+    async with call.db.tenant(call.tenant_id) as conn:
+        return [view(session) for session in await store.list_all(conn, call.tenant_id)]
+
+
+@routes.add(
+    "POST",
+    "/sessions/{tenant_id}",
+    access="path",
+    scope="sessions",
+    returns={201: SessionDetail},
+    problems=(409,),
+)
+async def create(call: Call[NoQuery, NewSession]) -> Reply:
+    """Make a session. Making does not start it: `connect`, `qr` or `pairing-code` does.
+
+    A WhatsApp session that is fed by the webhook alone is never started.
+    """
+    body = call.body
+    if body.channel_type not in call.services.registry:
+        known = ", ".join(sorted(call.services.registry)) or "none"
+        raise invalid(
+            "channel_type", f"{body.channel_type!r} is not a channel of this gateway; it has: {known}"
+        )
+    if body.default_workspace_id is not None:
+        await call.own("workspace", "et_workspaces", body.default_workspace_id)
+    secrets = dict(body.credentials or {})
+    metadata: JsonObject = {"settings": body.settings} if body.settings else {}
+    if body.default_workspace_id is not None:
+        metadata["default_workspace_id"] = body.default_workspace_id
+    if body.expected_identifier is not None:
+        metadata["expected_identifier"] = _normal(body.channel_type, body.expected_identifier)
+    if body.proxy is not None:
+        metadata["proxy"], whole = split_proxy(body.proxy)
+        if whole is not None:
+            secrets["proxy"] = whole
+    # As worker, inside one transaction: the API's role cannot touch credentials. The tenant was checked before.
+    async with call.db.worker() as conn, conn.transaction():
+        session = await store.create(
+            conn,
+            call.tenant_id,
+            body.channel_type,
+            name=body.name,
+            metadata=metadata,
+            status=SessionStatus.PAIRING,
+        )
+        if secrets:
+            await credentials.put(
+                conn,
+                call.services.keys,
+                tenant_id=call.tenant_id,
+                session_id=session.id,
+                credentials=secrets,
+            )
+        await _audit(call, conn, "session_created", session.id)
+    return Reply(201, await _detail(call, session.id))
+
+
+def _normal(channel: str, address: str) -> str:
+    try:
+        return address_of(external_id(channel, address))
+    except Invalid as error:
+        raise invalid("expected_identifier", error.detail) from None
+
+
+async def _audit(call: Call[Any, Any], conn: audit.Conn, event: audit.Event, session_id: int) -> None:
+    await audit.write(
+        conn,
+        event,
+        tenant_id=call.tenant_id,
+        actor=call.caller.actor,
+        subject_type="session",
+        subject_id=session_id,
+    )
+
+
+@routes.add(
+    "GET",
+    "/sessions/{tenant_id}/{session_id}",
+    access="path",
+    subject=SUBJECT,
+    scope=("read", "sessions"),
+    returns={200: SessionDetail},
+)
+async def read(call: Call[NoQuery, NoBody]) -> SessionDetail:
+    """Read a session, with counters."""
+    return await _detail(call, call.id("session_id"))
+
+
+@routes.add(
+    "PATCH",
+    "/sessions/{tenant_id}/{session_id}",
+    access="path",
+    subject=SUBJECT,
+    scope="sessions",
+    returns={200: SessionDetail},
+)
+async def change(call: Call[NoQuery, SessionChange]) -> SessionDetail:
+    """Change name, workspace, proxy, settings or credentials; null takes a workspace or proxy away.
+
+    A live session takes a new proxy or new credentials up when it is connected again.
+    """
+    body = call.body
+    session_id = call.id("session_id")
+    given = body.model_fields_set
+    if body.default_workspace_id is not None:
+        await call.own("workspace", "et_workspaces", body.default_workspace_id)
+    metadata: JsonObject = {}
+    if "default_workspace_id" in given:
+        metadata["default_workspace_id"] = body.default_workspace_id
+    if body.settings is not None:
+        metadata["settings"] = body.settings
+    whole: str | None = None
+    if "proxy" in given:
+        metadata["proxy"], whole = split_proxy(body.proxy) if body.proxy is not None else (None, None)
+    async with call.db.worker() as conn, conn.transaction():
+        await store.patch(conn, call.tenant_id, session_id, name=body.name, metadata=metadata)
+        if body.credentials is not None or "proxy" in given:
+            ids = {"tenant_id": int(call.tenant_id), "session_id": session_id}
+            secrets = await credentials.get(conn, call.services.keys, **ids)
+            old_proxy = secrets.pop("proxy", None)
+            if body.credentials is not None:
+                secrets = dict(body.credentials)
+            proxy = whole if "proxy" in given else old_proxy
+            if proxy is not None:
+                secrets["proxy"] = proxy
+            await credentials.put(conn, call.services.keys, **ids, credentials=secrets)
+    return await _detail(call, session_id)
+
+
+@routes.add(
+    "POST",
+    "/sessions/{tenant_id}/{session_id}/connect",
+    access="path",
+    subject=SUBJECT,
+    scope="sessions",
+    returns={200: Session},
+)
+async def connect(call: Call[NoQuery, NoBody]) -> Session:
+    """Start the session and keep it alive. Again: no error."""
+    return await _want(call, "connected")
+
+
+@routes.add(
+    "POST",
+    "/sessions/{tenant_id}/{session_id}/disconnect",
+    access="path",
+    subject=SUBJECT,
+    scope="sessions",
+    returns={200: Session},
+)
+async def disconnect(call: Call[NoQuery, NoBody]) -> Session:
+    """Stop the session; it stays paired. Again: no error."""
+    return await _want(call, "disconnected")
+
+
+@routes.add(
+    "DELETE",
+    "/sessions/{tenant_id}/{session_id}",
+    access="path",
+    subject=SUBJECT,
+    scope="sessions",
+    returns={200: Session, 202: Session},
+)
+async def remove(call: Call[NoQuery, NoBody]) -> Reply:
+    """Log out on the channel, then forget keys and credentials. Messages stay.
+
+    200: done. 202: the session's owner has not come to it yet; the session then becomes `logged_out`, reason `deleted`.
+    """
+    session_id = call.id("session_id")
+    async with call.db.worker() as conn:
+        await _audit(call, conn, "session_deleted", session_id)
+    subscription = call.db.hub.subscribe("et_sessions")
+    try:
+        await _want(call, "deleted")
+        deadline = time.monotonic() + DELETE_WAIT_SECONDS
+        while True:
+            async with call.db.tenant(call.tenant_id) as conn:
+                session = await store.get(conn, call.tenant_id, session_id)
+            if session.wanted != "deleted":
+                return Reply(200, view(session))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return Reply(202, view(session))
+            await subscription.wait(min(left, 1.0))
+    finally:
+        subscription.close()
+
+
+async def _want(call: Call[NoQuery, NoBody], wanted: store.Wanted) -> Session:
+    session_id = call.id("session_id")
+    async with call.db.tenant(call.tenant_id) as conn:
+        session = await store.get(conn, call.tenant_id, session_id)
+        # Said again it is left alone: a running pairing must not be started over.
+        if session.wanted != wanted:
+            await store.want(conn, session_id, wanted)
+            session = await store.get(conn, call.tenant_id, session_id)
+    return view(session)
+
+
+@routes.add(
+    "POST",
+    "/sessions/{tenant_id}/{session_id}/check",
+    access="path",
+    subject=SUBJECT,
+    scope="sessions",
+    returns={200: Reachable},
+    problems=(409, 502, 504),
+)
+async def check(call: Call[NoQuery, Recipients]) -> Reachable:
+    """Ask the channel which of these it can reach."""
+    session = await read_session(call, call.id("session_id"))
+    given: dict[str, str] = {}
+    for index, recipient in enumerate(call.body.recipients):
+        try:
+            given[recipient] = address_of(external_id(session.channel_type, recipient))
+        except Invalid as error:
+            raise invalid(f"recipients.{index}", error.detail) from None
+    checker = _checker(call, session.id)
+    if checker is None:
+        raise Problem(
+            409,
+            "session_not_here",
+            f"session {session.id} is {session.status}, or another gateway runs it, or its channel cannot check"
+            " recipients; connect it and ask the gateway that runs it",
+            action=action_of(session),
+        )
+    found = await checker.check(list(dict.fromkeys(given.values())))
+    return Reachable(results={recipient: bool(found.get(address)) for recipient, address in given.items()})
+
+
+class _Checks(Protocol):
+    async def check(self, recipients: list[str]) -> dict[str, bool]: ...
+
+
+def _checker(call: Call[Any, Any], session_id: SessionId) -> _Checks | None:
+    manager = call.services.sessions
+    return None if manager is None else manager.capability(session_id, NumberChecker)  # type: ignore[type-abstract]
