@@ -103,9 +103,12 @@ async def resolve(conn: Conn, people: Sequence[Wanted]) -> dict[Key, tuple[int, 
                 workspaces = await store.default_workspaces(conn, {group.session_id for group in fresh})
                 _warn_of_missing(fresh, workspaces)
             created = await store.create(conn, [_new(group, workspaces) for group in fresh])
-            names = {group.keys[0]: group.name is not None for group in fresh}
-            for key, lead_id in created.items():
-                known[key] = Known(lead_id, key[1], names[key])
+            for group in fresh:
+                lead_id = created.get(group.keys[0])
+                if lead_id is not None:
+                    known[group.keys[0]] = Known(
+                        lead_id, group.keys[0][1], group.name is not None, group.kind
+                    )
         if await _join(conn, groups, known):
             continue  # something moved: a fresh statement says how it stands now
         if all(key in known for key in keys):
@@ -180,6 +183,15 @@ async def _join(conn: Conn, groups: list[_Group], known: dict[Key, Known]) -> bo
         if not leads:
             continue  # another gateway is creating it: look again
         survivor, *others = sorted(leads)
+        if others and any(lead.kind != "person" for lead in leads.values()):
+            # The database would refuse, and the message must not pay for it: each form keeps its lead.
+            log.warning(
+                "lead.merge_refused",
+                tenant_id=group.tenant_id,
+                lead_ids=sorted(leads),
+                error="one is a group",
+            )
+            others = []
         for other in others:
             survivor = await store.merge(conn, group.tenant_id, survivor, other)
             moved = True

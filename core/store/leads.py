@@ -21,6 +21,7 @@ class Known:
     external_id: str
     """The lead's main one."""
     named: bool
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ async def find(conn: Conn, keys: Iterable[Key]) -> dict[Key, Known]:
     wanted = sorted(set(keys))
     rows = await conn.fetch(
         """
-        SELECT i.tenant_id, i.external_id, l.id, l.external_id AS main, l.name IS NOT NULL AS named
+        SELECT i.tenant_id, i.external_id, l.id, l.external_id AS main, l.name IS NOT NULL AS named, l.kind
         FROM unnest($1::bigint[], $2::text[]) AS k (tenant_id, external_id)
         JOIN et_lead_identities i ON i.tenant_id = k.tenant_id AND i.external_id = k.external_id
         JOIN et_leads l ON l.tenant_id = i.tenant_id AND l.id = i.lead_id
@@ -45,7 +46,9 @@ async def find(conn: Conn, keys: Iterable[Key]) -> dict[Key, Known]:
         [key[0] for key in wanted],
         [key[1] for key in wanted],
     )
-    return {(r["tenant_id"], r["external_id"]): Known(r["id"], r["main"], r["named"]) for r in rows}
+    return {
+        (r["tenant_id"], r["external_id"]): Known(r["id"], r["main"], r["named"], r["kind"]) for r in rows
+    }
 
 
 async def create(conn: Conn, leads: Sequence[NewLead]) -> dict[Key, int]:
