@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
@@ -37,9 +38,10 @@ from core.journal import Journal
 from core.metrics import Metrics
 from gateway.whatsapp import sending, states, store
 from gateway.whatsapp.folder import FolderLock, FolderTaken, forget_device, message_secret
+from gateway.whatsapp.intents import Intent, Intents
 from gateway.whatsapp.pairing import Pairing
 from gateway.whatsapp.process import ChildGone, ChildProcess, ChildRefused, ChildTimeout
-from gateway.whatsapp.protocol import journal_path, store_path
+from gateway.whatsapp.protocol import INTENTS_FILE, journal_path, store_path
 from gateway.whatsapp.pump import Pump
 from gateway.whatsapp.reporter import Reporter
 from gateway.whatsapp.supervisor import Supervisor
@@ -77,11 +79,13 @@ class WhatsAppChannel:
             on_journaled=self._hint,
         )
         self._journal: Journal | None = None
+        self._intents: Intents | None = None
         self._pump: Pump | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._run: asyncio.Task[None] | None = None
         self._inflight: dict[tuple[int, int], ChildProcess] = {}
         self._sends: set[asyncio.Task[Sent]] = set()
+        self._opening = threading.Lock()
         self._changing = asyncio.Lock()
 
     # ---- life ----
@@ -164,10 +168,11 @@ class WhatsAppChannel:
     async def send(self, message: OutboundMessage) -> Sent:
         attempt = message.attempt
         to = sending.jid_of(attempt.recipient)
-        secret = await asyncio.to_thread(self._secret, attempt)
         device = await asyncio.to_thread(self._device)
-        body = sending.build(message, secret, device)
         child = await self._connected_child()
+        secret = await asyncio.to_thread(self._secret, attempt)
+        body = sending.build(message, secret, device)
+        await asyncio.to_thread(self._intend, attempt, secret, device)
         # A caller that gives up does not take the send back: it goes on, watched, so that `resolve` knows when it ended.
         task = asyncio.create_task(self._hand_over(child, attempt, to, body))
         self._sends.add(task)
@@ -231,15 +236,38 @@ class WhatsAppChannel:
     def _look(self, attempt: Attempt) -> NotSent | Unknown:
         """Whether whatsmeow wrote down this attempt's secret, which it does before anything is sent. Blocking."""
         try:
-            row = store.find_secret(self._store, self._secret(attempt))
+            secret = self._secret(attempt)
+            row = store.find_secret(self._store, secret)
             if row is not None:
                 return Unknown("cut_off", row.message_id)
-            if store.device(self._store) is None:
-                # Logging out takes the secrets along: their absence proves nothing then.
-                return Unknown("keys_gone", attempt.channel_message_id)
+            intent = self._opened_intents().find(secret)
+            device = store.device(self._store)
         except (sqlite3.Error, OSError) as error:
             return Unknown(f"store_unreadable: {error}", attempt.channel_message_id)
+        if intent is not None and (device is None or device.jid != intent.device):
+            # The device that sent it was logged out, and its secrets went along: their absence proves nothing.
+            return Unknown("keys_gone", attempt.channel_message_id)
         return NotSent()
+
+    def _intend(self, attempt: Attempt, secret: bytes, device: store.Device | None) -> None:
+        """Raises NotSentError: what cannot be written down is not sent."""
+        intent = Intent(int(attempt.queue_id), attempt.claim_epoch, device.jid if device else "")
+        try:
+            self._opened_intents().write(secret, intent)
+        except (sqlite3.Error, OSError) as error:
+            raise NotSentError(
+                f"The send cannot be written down ({error}); free space or mend DATA_DIR.",
+                code="intent_failed",
+            ) from error
+
+    def _opened_intents(self) -> Intents:
+        with self._opening:
+            if self._intents is None:
+                self._intents = Intents(self._context.folder / INTENTS_FILE)
+            return self._intents
+
+    def _intent_of(self, secret: bytes) -> Intent | None:
+        return self._opened_intents().find(secret)
 
     async def _connected_child(self) -> ChildProcess:
         """The child with a live link, waiting briefly for one. Raises ThrottledError: not sent, no attempt lost."""
@@ -307,7 +335,12 @@ class WhatsAppChannel:
                 wait = min(wait * 2, self._timings.backoff_cap)
                 continue
             self._pump = Pump(
-                self._context, self._sink, self._journal, metrics=self._metrics, timings=self._timings
+                self._context,
+                self._sink,
+                self._journal,
+                intent_of=self._intent_of,
+                metrics=self._metrics,
+                timings=self._timings,
             )
             self._tasks.append(asyncio.create_task(self._guard("pump", self._pump.run)))
         with contextlib.suppress(TimeoutError):
@@ -356,6 +389,9 @@ class WhatsAppChannel:
         if self._journal is not None:
             await asyncio.to_thread(self._journal.close)
             self._journal = None
+        if self._intents is not None:
+            await asyncio.to_thread(self._intents.close)
+            self._intents = None
 
     def _hint(self) -> None:
         if self._pump is not None:

@@ -10,8 +10,9 @@ Commands `{"id", "op", …}`, each answered by `{"ev": "reply", "id", "result"}`
   open {proxy, heal, give_up}   once: drop the sessions to heal, then connect      pair_code {phone}
   send {to, message}            `message` is the JSON of WhatsApp's own protobuf   check {phones}
   typing {to, on} · read {chat, sender, ids} · probe · ping · logout · stop
-Reports: ready · qr · paired · pair_error · login · connected · disconnected · keepalive_timeout · logged_out · stream_replaced ·
-  temporary_ban · client_outdated · connect_failure · stream_error · journaled · heal · lost · gate_alarm · journal_failed
+Reports: ready · qr · paired · pair_error · login · connected · disconnected · keepalive_timeout · logged_out ·
+  stream_replaced · temporary_ban · client_outdated · connect_failure · stream_error · journaled · heal · lost · gate_alarm ·
+  journal_failed
 """
 
 from __future__ import annotations

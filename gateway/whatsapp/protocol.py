@@ -14,6 +14,7 @@ import orjson
 STORE_FILE = "whatsapp.db"
 """whatsmeow's own SQLite file: device keys, Signal sessions, message secrets."""
 JOURNAL_FILE = "journal.db"
+INTENTS_FILE = "intents.db"
 LOCK_FILE = "lock"
 SECRET_FILE = "secret.key"  # noqa: S105 - a file name
 

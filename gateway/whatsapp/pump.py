@@ -11,7 +11,7 @@ import dataclasses
 import sqlite3
 import time
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import orjson
 
@@ -22,6 +22,7 @@ from core.journal import Entry, Journal
 from core.metrics import Metrics
 from gateway.whatsapp import protocol, store
 from gateway.whatsapp.convert import convert_event, unreadable
+from gateway.whatsapp.intents import Intent
 from gateway.whatsapp.timings import Timings
 
 BATCH = 100
@@ -34,9 +35,17 @@ class Pump:
     """One task per session. It runs whether or not a child does, so that a crash's rest is stored at once."""
 
     def __init__(
-        self, context: SessionContext, sink: Sink, journal: Journal, *, metrics: Metrics, timings: Timings
+        self,
+        context: SessionContext,
+        sink: Sink,
+        journal: Journal,
+        *,
+        intent_of: Callable[[bytes], Intent | None],
+        metrics: Metrics,
+        timings: Timings,
     ) -> None:
-        self._context, self._sink, self._journal = context, sink, journal
+        """`intent_of`: which queue item a secret marks; blocking."""
+        self._context, self._sink, self._journal, self._intent_of = context, sink, journal, intent_of
         self._metrics, self._timings = metrics, timings
         self._hint = asyncio.Event()
         self._lids: dict[str, str] = {}
@@ -110,7 +119,7 @@ class Pump:
             await self._learn_lids(body)
             converted = convert_event(body, self._context, phone_of=self._lids.get)
             self._count(entry.kind)
-            return converted.messages, converted.updates
+            return [await self._recognised(m) for m in converted.messages], converted.updates
         except Exception as error:
             # A bug of ours or a form nobody has seen: the message is stored all the same.
             logger.error(
@@ -122,6 +131,16 @@ class Pump:
             if entry.kind == protocol.RECEIPT:
                 return (), ()
             return (unreadable(entry.payload, entry.key, entry.appended_at, self._context),), ()
+
+    async def _recognised(self, message: InboundMessage) -> InboundMessage:
+        """An own echo that carries a secret of ours names the queue item it comes from."""
+        if message.message_secret is None:
+            return message
+        intent = await asyncio.to_thread(self._intent_of, bytes.fromhex(message.message_secret))
+        if intent is None:
+            return message
+        reference = {"queue_id": intent.queue_id, "claim_epoch": intent.claim_epoch}
+        return dataclasses.replace(message, raw_payload={**message.raw_payload, "queue_ref": reference})
 
     def _count(self, kind: str) -> None:
         if kind == protocol.UNDECRYPTABLE:

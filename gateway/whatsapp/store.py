@@ -20,9 +20,12 @@ BUSY_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The linked device this file holds. JIDs are bare (`60123456789@s.whatsapp.net`)."""
+    """The linked device this file holds."""
 
+    jid: str
+    """With its device number: `60123456789:3@s.whatsapp.net`."""
     phone: str
+    """Bare: `60123456789@s.whatsapp.net`."""
     lid: str
     name: str
 
@@ -43,7 +46,7 @@ def device(path: Path) -> Device | None:
     if not rows:
         return None
     jid, lid, name = rows[0]
-    return Device(bare(str(jid)), bare(str(lid or "")), str(name or ""))
+    return Device(str(jid), bare(str(jid)), bare(str(lid or "")), str(name or ""))
 
 
 def find_secret(path: Path, secret: bytes) -> SecretRow | None:

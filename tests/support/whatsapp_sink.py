@@ -1,0 +1,109 @@
+"""A sink in memory that keeps the promises of the real one: unique by lead and id, and it can be away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from core.channel import (
+    InboundMessage,
+    LeadId,
+    MessageId,
+    PairingUpdate,
+    SessionState,
+    StatusUpdate,
+    Stored,
+    ThreadId,
+)
+from core.errors import DatabaseUnavailable
+
+
+class MemorySink:
+    """`messages` holds what a table with the dedupe key would; `calls` every hand-over, repeats included."""
+
+    def __init__(self) -> None:
+        self.messages: dict[tuple[str, str], InboundMessage] = {}
+        self.calls: list[InboundMessage] = []
+        self.batches: list[int] = []
+        self.updates: list[StatusUpdate] = []
+        self.states: list[SessionState] = []
+        self.pairings: list[PairingUpdate] = []
+        self.away = False
+        self.refuse: Callable[[InboundMessage], bool] = lambda _message: False
+        self._changed = asyncio.Condition()
+
+    async def received(self, messages: Sequence[InboundMessage]) -> list[Stored]:
+        if self.away:
+            raise DatabaseUnavailable("the database is away")
+        if any(map(self.refuse, messages)):
+            raise ValueError("refused by the test")
+        stored = []
+        for message in messages:
+            key = (message.person.external_id, message.channel_message_id)
+            self.calls.append(message)
+            held = self.messages.get(key)
+            duplicate = held is not None and not (held.placeholder and not message.placeholder)
+            if not duplicate:
+                self.messages[key] = message
+            stored.append(Stored(MessageId(len(self.calls)), ThreadId(1), LeadId(1), duplicate))
+        self.batches.append(len(messages))
+        await self._notify()
+        return stored
+
+    async def status(self, updates: Sequence[StatusUpdate]) -> None:
+        if self.away:
+            raise DatabaseUnavailable("the database is away")
+        self.updates.extend(updates)
+        await self._notify()
+
+    async def state(self, state: SessionState) -> None:
+        self.states.append(state)
+        await self._notify()
+
+    async def pairing(self, update: PairingUpdate) -> None:
+        self.pairings.append(update)
+        await self._notify()
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def wait(self, condition: Callable[[], bool], timeout: float = 15) -> None:
+        """Until the condition holds; looked at after every report."""
+        async with asyncio.timeout(timeout), self._changed:
+            await self._changed.wait_for(condition)
+
+    async def message(self, channel_message_id: str, timeout: float = 15) -> InboundMessage:
+        """The message with this id, once it is stored and readable."""
+
+        def find() -> InboundMessage | None:
+            found = (m for m in self.messages.values() if m.channel_message_id == channel_message_id)
+            return next((m for m in found if not m.placeholder), None)
+
+        await self.wait(lambda: find() is not None, timeout)
+        found = find()
+        assert found is not None
+        return found
+
+    async def all_of(self, ids: Sequence[str], timeout: float = 30) -> None:
+        wanted = set(ids)
+        await self.wait(
+            lambda: wanted <= {m.channel_message_id for m in self.messages.values() if not m.placeholder},
+            timeout,
+        )
+
+    async def stands(self, status: str, reason: str | None = None, timeout: float = 20) -> SessionState:
+        """The newest state, once it is this one."""
+
+        def reached() -> bool:
+            last = self.states[-1] if self.states else None
+            return last is not None and last.status == status and (reason is None or last.reason == reason)
+
+        await self.wait(reached, timeout)
+        return self.states[-1]
+
+    async def code(self, timeout: float = 15) -> str:
+        """The next QR or phone code that nobody has used."""
+        await self.wait(lambda: any(u.qr or u.code for u in self.pairings), timeout)
+        last = [u for u in self.pairings if u.qr or u.code][-1]
+        return last.qr or last.code or ""
