@@ -73,7 +73,7 @@ ADOPTED: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     },
 }
 
-UNIQUE = {
+UNIQUE: dict[str, list[tuple[str, ...]]] = {
     "et_tenants": [("id",)],
     "et_agents": [("id",)],
     "et_workspaces": [("id",)],
@@ -108,11 +108,12 @@ VALUES = [
 ]
 
 # Tables that only these migrations make. One that is there without our record of it is somebody else's.
-OWN = (
-    "et_lead_identities et_lead_merges et_suppressions et_session_runtime et_session_leases et_session_credentials "
-    "et_session_cursors et_gateways et_threads et_messages et_inbound_claims et_outbound_queue et_parked_receipts "
-    "et_thread_insights et_decisions et_audit_log et_api_keys et_events et_db_roles et_legacy_threads"
-).split()
+OWN = [
+    "et_lead_identities", "et_lead_merges", "et_suppressions", "et_session_runtime", "et_session_leases",
+    "et_session_credentials", "et_session_cursors", "et_gateways", "et_threads", "et_messages", "et_inbound_claims",
+    "et_outbound_queue", "et_parked_receipts", "et_thread_insights", "et_decisions", "et_audit_log", "et_api_keys",
+    "et_events", "et_db_roles", "et_legacy_threads",
+]  # fmt: skip
 
 SHOWN = 5
 

@@ -1,5 +1,7 @@
 """A migrated database with two tenants in it, as the schema's tests need it."""
 
+# ruff: noqa: S608  (statements made of fixed names)
+
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
@@ -9,6 +11,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+
 from tests.support.postgres import PostgresServer
 
 
@@ -59,7 +62,9 @@ class World:
 
     async def move(self, queue_id: int, *statuses: str) -> None:
         for status in statuses:
-            await self.owner.execute("UPDATE et_outbound_queue SET status = $2 WHERE id = $1", queue_id, status)
+            await self.owner.execute(
+                "UPDATE et_outbound_queue SET status = $2 WHERE id = $1", queue_id, status
+            )
 
     async def statuses(self, queue_id: int) -> tuple[str, str]:
         """Of the queue row and of its message."""

@@ -31,7 +31,8 @@ async def test_it_creates_lead_thread_message_and_queue_row(world: Any) -> None:
     ids = await world.owner.fetchrow(CALL, *call(world))
     row = await world.owner.fetchrow(
         """
-        SELECT l.external_id, l.workspace_id, l.kind, t.id AS thread_id, q.id AS queue_id, q.recipient, q.status, q.thread_id AS queue_thread,
+        SELECT l.external_id, l.workspace_id, l.kind, t.id AS thread_id,
+               q.id AS queue_id, q.recipient, q.status, q.thread_id AS queue_thread,
                m.direction, m.delivery_status, m.channel, m.role, m.content
         FROM et_messages m
         JOIN et_leads l ON l.id = m.lead_id
@@ -62,7 +63,9 @@ async def test_it_takes_the_published_names(world: Any) -> None:
 
 
 async def test_a_workspace_that_does_not_exist_becomes_null(world: Any) -> None:
-    await world.owner.execute("UPDATE et_channel_sessions SET metadata = '{\"default_workspace_id\": 424242}'")
+    await world.owner.execute(
+        "UPDATE et_channel_sessions SET metadata = '{\"default_workspace_id\": 424242}'"
+    )
     warnings: list[Any] = []
     world.owner.add_log_listener(lambda _conn, message: warnings.append(message))
     await world.owner.fetchrow(CALL, *call(world))
@@ -85,10 +88,13 @@ async def test_a_workspace_that_does_not_exist_becomes_null(world: Any) -> None:
         ("100000000000002@lid", "whatsapp-lid:100000000000002", "whatsapp-lid:100000000000002"),
     ],
 )
-async def test_every_way_to_write_a_recipient(world: Any, recipient: str, external: str, address: str) -> None:
+async def test_every_way_to_write_a_recipient(
+    world: Any, recipient: str, external: str, address: str
+) -> None:
     ids = await world.owner.fetchrow(CALL, *call(world, recipient=recipient))
     row = await world.owner.fetchrow(
-        "SELECT l.external_id, l.kind, q.recipient, m.chat_identifier FROM et_messages m JOIN et_leads l ON l.id = m.lead_id "
+        "SELECT l.external_id, l.kind, q.recipient, m.chat_identifier FROM et_messages m JOIN "
+        "et_leads l ON l.id = m.lead_id "
         "JOIN et_outbound_queue q ON q.message_id = m.id WHERE m.id = $1",
         ids["message_id"],
     )
@@ -109,7 +115,9 @@ async def test_other_channels_need_no_schema_change(
     world: Any, channel: str, recipient: str, external: str, address: str
 ) -> None:
     session = await world.owner.fetchval(
-        "INSERT INTO et_channel_sessions (tenant_id, channel_type) VALUES ($1, $2) RETURNING id", world.a.id, channel
+        "INSERT INTO et_channel_sessions (tenant_id, channel_type) VALUES ($1, $2) RETURNING id",
+        world.a.id,
+        channel,
     )
     ids = await world.owner.fetchrow(CALL, *call(world, session=session, recipient=recipient))
     row = await world.owner.fetchrow(
@@ -125,7 +133,9 @@ async def test_a_repeated_key_returns_the_first_ids_and_stores_nothing(world: An
     again = await world.owner.fetchrow(CALL, *call(world, key="k", content="other", recipient="+60111222777"))
     assert again == first
     assert await world.owner.fetchval("SELECT count(*) FROM et_messages") == 1
-    other = await world.owner.fetchrow(CALL, *call(world, key="k", tenant=world.b.id, session=world.b.session))
+    other = await world.owner.fetchrow(
+        CALL, *call(world, key="k", tenant=world.b.id, session=world.b.session)
+    )
     assert other["queue_id"] != first["queue_id"]
 
 
@@ -208,7 +218,8 @@ async def test_the_further_arguments(world: Any) -> None:
         world.a.id, world.a.session, world.a.lead,
     )  # fmt: skip
     row = await world.owner.fetchrow(
-        "SELECT q.*, m.raw_payload::TEXT AS raw, m.reply_to_message_id, m.llm_model, m.llm_total_tokens, m.lead_id FROM et_outbound_queue q "
+        "SELECT q.*, m.raw_payload::TEXT AS raw, m.reply_to_message_id, m.llm_model, "
+        "m.llm_total_tokens, m.lead_id FROM et_outbound_queue q "
         "JOIN et_messages m ON m.id = q.message_id WHERE q.id = $1",
         ids["queue_id"],
     )
@@ -228,11 +239,18 @@ async def test_plain_sql_needs_only_what_it_knows(world: Any) -> None:
             "VALUES ($1, $2, $3, 'outbound', 'queued', 'hi') RETURNING id",
             world.a.id, world.a.lead, world.a.session,
         )  # fmt: skip
-        queue = await world.owner.fetchrow("INSERT INTO et_outbound_queue (message_id) VALUES ($1) RETURNING *", message)
+        queue = await world.owner.fetchrow(
+            "INSERT INTO et_outbound_queue (message_id) VALUES ($1) RETURNING *", message
+        )
     assert (queue["tenant_id"], queue["channel"], queue["channel_session_id"]) == (
         world.a.id, "whatsapp", world.a.session,
     )  # fmt: skip
-    assert (queue["recipient"], queue["status"], queue["retry_count"], queue["claim_epoch"]) == (None, "queued", 0, 0)
+    assert (queue["recipient"], queue["status"], queue["retry_count"], queue["claim_epoch"]) == (
+        None,
+        "queued",
+        0,
+        0,
+    )
     assert queue["expires_at"] - queue["created_at"] == timedelta(hours=24)
 
 
@@ -243,7 +261,8 @@ async def test_a_send_date_also_moves_the_default_expiry(world: Any) -> None:
         world.a.id, world.a.lead, world.a.session,
     )  # fmt: skip
     row = await world.owner.fetchrow(
-        "INSERT INTO et_outbound_queue (message_id, send_at) VALUES ($1, now() + INTERVAL '7 days') RETURNING *", message
+        "INSERT INTO et_outbound_queue (message_id, send_at) VALUES ($1, now() + INTERVAL '7 days') RETURNING *",
+        message,
     )
     assert row["next_attempt_at"] == row["send_at"]
     assert row["expires_at"] - row["send_at"] == timedelta(hours=24)
@@ -257,7 +276,9 @@ async def test_queue_row_and_message_name_one_session_and_tenant(world: Any) -> 
     )  # fmt: skip
     with pytest.raises(asyncpg.CheckViolationError, match="different sessions"):
         await world.owner.execute(
-            "INSERT INTO et_outbound_queue (message_id, channel_session_id) VALUES ($1, $2)", message, world.a.other_session
+            "INSERT INTO et_outbound_queue (message_id, channel_session_id) VALUES ($1, $2)",
+            message,
+            world.a.other_session,
         )
     with pytest.raises(asyncpg.ForeignKeyViolationError, match="does not exist in this tenant"):
         await world.owner.execute(

@@ -29,7 +29,8 @@ async def test_the_older_tables_are_adopted_with_their_ids(legacy: Any) -> None:
     assert await legacy.fetch("SELECT id, tenant_id, external_id FROM et_leads ORDER BY id") == before
     types = await legacy.fetch(
         "SELECT attrelid::regclass::TEXT || '.' || attname, format_type(atttypid, NULL) FROM pg_attribute "
-        "WHERE attrelid IN ('et_leads'::regclass, 'et_channel_sessions'::regclass) AND attname IN ('id', 'created_at', 'tags', 'status_reason')"
+        "WHERE attrelid IN ('et_leads'::regclass, 'et_channel_sessions'::regclass) AND attname IN "
+        "('id', 'created_at', 'tags', 'status_reason')"
     )
     assert dict(tuple(r) for r in types) == {
         "et_leads.id": "integer",
@@ -46,9 +47,15 @@ async def test_the_older_tables_are_adopted_with_their_ids(legacy: Any) -> None:
 
 async def test_adopted_tables_work_like_new_ones(legacy: Any) -> None:
     await migrate(legacy)
-    ids = await legacy.fetchrow("SELECT * FROM et_enqueue_outbound(1, 7, '+60111222333', 'hi', 'text', NULL, NULL)")
+    ids = await legacy.fetchrow(
+        "SELECT * FROM et_enqueue_outbound(1, 7, '+60111222333', 'hi', 'text', NULL, NULL)"
+    )
     assert await legacy.fetchval("SELECT lead_id FROM et_messages WHERE id = $1", ids["message_id"]) == 10
-    new = await legacy.fetchrow("SELECT * FROM et_enqueue_outbound(1, 7, '+60199', 'hi', 'text', NULL, NULL)".replace("+60199", "+60199999999"))
+    new = await legacy.fetchrow(
+        "SELECT * FROM et_enqueue_outbound(1, 7, '+60199', 'hi', 'text', NULL, NULL)".replace(
+            "+60199", "+60199999999"
+        )
+    )
     assert await legacy.fetchval(
         "SELECT l.workspace_id FROM et_leads l JOIN et_messages m ON m.lead_id = l.id WHERE m.id = $1", new["message_id"]
     ) == 3  # fmt: skip
@@ -68,7 +75,8 @@ async def test_no_key_is_there_twice(legacy: Any) -> None:
     )
     assert twice == []
     references = await legacy.fetch(
-        "SELECT conrelid::regclass::TEXT, conkey FROM pg_constraint WHERE contype = 'f' GROUP BY 1, 2, confrelid HAVING count(*) > 1"
+        "SELECT conrelid::regclass::TEXT, conkey FROM pg_constraint WHERE contype = 'f' GROUP BY 1, "
+        "2, confrelid HAVING count(*) > 1"
     )
     assert references == []
 
@@ -108,7 +116,9 @@ async def test_everything_that_stands_in_the_way_is_one_list(legacy: Any) -> Non
     assert await legacy.fetchval("SELECT to_regclass('et_schema_migrations')") is None
 
 
-async def test_a_table_of_somebody_else_is_named(legacy: Any, postgres_server: Any, database_url: str) -> None:
+async def test_a_table_of_somebody_else_is_named(
+    legacy: Any, postgres_server: Any, database_url: str
+) -> None:
     name = database_url.split("?")[0].rsplit("/", 1)[-1]
     postgres_server.superuser_sql("ALTER TABLE et_leads OWNER TO postgres;", name)
     with pytest.raises(MigrationError, match="et_leads belongs to postgres"):
@@ -133,7 +143,14 @@ async def test_conversations_become_history_once(legacy: Any) -> None:
     messages = await legacy.fetch(
         "SELECT channel_message_id, direction, role, message_type, channel_timestamp, content FROM et_messages ORDER BY id"
     )
-    assert tuple(messages[1]) == ("legacy_1001", "outbound", "assistant", "text", 1767344405000, "Yes, from nine.")
+    assert tuple(messages[1]) == (
+        "legacy_1001",
+        "outbound",
+        "assistant",
+        "text",
+        1767344405000,
+        "Yes, from nine.",
+    )
     assert tuple(messages[5])[:5] == ("3EB0A1", "inbound", "user", "text", 1771322400123)
     assert tuple(messages[7]) == ("3EB0A3", "inbound", "user", "image", 1771322460000, None)
     assert await legacy.fetchval("SELECT bool_and(is_history) FROM et_messages")
@@ -150,7 +167,9 @@ async def test_live_messages_since_the_migration_keep_their_thread(legacy: Any) 
     )
     counts = await migrate_legacy(legacy)
     assert (counts.messages, counts.duplicates) == (7, 2)
-    active = await legacy.fetch("SELECT id FROM et_threads WHERE lead_id = 10 AND channel_session_id = 7 AND status = 'active'")
+    active = await legacy.fetch(
+        "SELECT id FROM et_threads WHERE lead_id = 10 AND channel_session_id = 7 AND status = 'active'"
+    )
     assert [r[0] for r in active] == [live]
 
 
@@ -179,7 +198,9 @@ async def test_a_merge_and_an_erased_tenant_still_reach_them(legacy: Any) -> Non
 async def test_rows_that_cannot_be_placed_are_listed_and_nothing_is_copied(legacy: Any) -> None:
     await legacy.execute("INSERT INTO et_conversation_threads (id, tenant_id, lead_id) VALUES (300, 2, 10)")
     await migrate(legacy)
-    with pytest.raises(MigrationError, match="et_conversation_threads 300: lead 10 does not exist in its tenant"):
+    with pytest.raises(
+        MigrationError, match="et_conversation_threads 300: lead 10 does not exist in its tenant"
+    ):
         await migrate_legacy(legacy)
     assert await legacy.fetchval("SELECT count(*) FROM et_messages") == 0
 
@@ -198,5 +219,9 @@ async def test_older_tables_without_the_plans_columns_are_copied_too(database_ur
     counts = await migrate_legacy(conn)
     assert (counts.threads, counts.messages) == (4, 5)
     row = await conn.fetchrow("SELECT * FROM et_messages ORDER BY id LIMIT 1")
-    assert (row["channel_message_id"], row["direction"], row["channel_timestamp"]) == ("legacy_1000", "inbound", 1767344400000)
+    assert (row["channel_message_id"], row["direction"], row["channel_timestamp"]) == (
+        "legacy_1000",
+        "inbound",
+        1767344400000,
+    )
     await conn.close()

@@ -28,7 +28,9 @@ async def test_the_lower_id_survives_with_the_phone_and_both_identities(world: A
     lid = await lead(world, LID)
     phone = await lead(world, "whatsapp:+60199")
     assert await merge(world, phone, lid) == lid
-    assert await world.owner.fetchval("SELECT external_id FROM et_leads WHERE id = $1", lid) == "whatsapp:+60199"
+    assert (
+        await world.owner.fetchval("SELECT external_id FROM et_leads WHERE id = $1", lid) == "whatsapp:+60199"
+    )
     rows = await world.owner.fetch("SELECT external_id FROM et_lead_identities WHERE lead_id = $1", lid)
     assert {r[0] for r in rows} == {LID, "whatsapp:+60199"}
     assert await world.owner.fetchval("SELECT count(*) FROM et_leads WHERE id = $1", phone) == 0
@@ -64,10 +66,13 @@ async def test_active_threads_of_one_session_are_joined_and_a_person_stays_in_ch
     second = await world.inbound(world.a, "m2", lead_id=two)
     elsewhere = await world.inbound(world.a, "m3", lead_id=two, channel_session_id=world.a.other_session)
     item = await world.enqueue(world.a, "+60111222444")
-    threads = await world.owner.fetch("SELECT id, lead_id FROM et_threads WHERE lead_id = ANY ($1) ORDER BY id", [one, two])
+    threads = await world.owner.fetch(
+        "SELECT id, lead_id FROM et_threads WHERE lead_id = ANY ($1) ORDER BY id", [one, two]
+    )
     await world.owner.execute("UPDATE et_threads SET handled_by = 'human' WHERE id = $1", threads[1]["id"])
     await world.owner.execute(
-        "INSERT INTO et_thread_insights (tenant_id, thread_id, lead_id, label) SELECT tenant_id, id, lead_id, 'x' FROM et_threads"
+        "INSERT INTO et_thread_insights (tenant_id, thread_id, lead_id, label) SELECT tenant_id, id, "
+        "lead_id, 'x' FROM et_threads"
     )
     await merge(world, one, two)
     rows = await world.owner.fetch("SELECT id, thread_id, lead_id FROM et_messages ORDER BY id")
@@ -76,7 +81,9 @@ async def test_active_threads_of_one_session_are_joined_and_a_person_stays_in_ch
         (first, joined, one), (second, joined, one), (elsewhere, other, one), (item["message_id"], joined, one),
     ]  # fmt: skip
     assert await world.owner.fetchval("SELECT thread_id FROM et_outbound_queue") == joined
-    kept = await world.owner.fetch("SELECT id, handled_by, status FROM et_threads WHERE lead_id = $1 ORDER BY id", one)
+    kept = await world.owner.fetch(
+        "SELECT id, handled_by, status FROM et_threads WHERE lead_id = $1 ORDER BY id", one
+    )
     assert [tuple(r) for r in kept] == [(joined, "human", "active"), (other, "agent", "active")]
     insights = await world.owner.fetch("SELECT thread_id, lead_id FROM et_thread_insights")
     assert [tuple(r) for r in insights] == [(other, one)]
@@ -86,15 +93,22 @@ async def test_the_same_message_under_both_is_one_and_its_decision_and_item_foll
     one, two = world.a.lead, world.a.other_lead
     kept = await world.inbound(world.a, "same", lead_id=one)
     gone = await world.inbound(world.a, "same", lead_id=two)
-    await world.owner.execute("UPDATE et_messages SET delivery_status = 'inbound_processing' WHERE id = $1", gone)
-    await world.owner.execute("UPDATE et_messages SET delivery_status = 'inbound_ai_replied' WHERE id = $1", gone)
+    await world.owner.execute(
+        "UPDATE et_messages SET delivery_status = 'inbound_processing' WHERE id = $1", gone
+    )
+    await world.owner.execute(
+        "UPDATE et_messages SET delivery_status = 'inbound_ai_replied' WHERE id = $1", gone
+    )
     # Our own message: the echo came first and was stored under the other form of the address.
     echo = await world.inbound(world.a, "OUT", lead_id=one, direction="outbound", delivery_status="sent")
     ids = await world.enqueue(world.a, "+60111222444")
     await world.move(ids["queue_id"], "dispatching", "unknown")
-    await world.owner.execute("UPDATE et_messages SET channel_message_id = 'OUT' WHERE id = $1", ids["message_id"])
     await world.owner.execute(
-        "INSERT INTO et_decisions (tenant_id, message_id, thread_id, action, reply_message_id) VALUES ($1, $2, $3, 'auto_reply', $4)",
+        "UPDATE et_messages SET channel_message_id = 'OUT' WHERE id = $1", ids["message_id"]
+    )
+    await world.owner.execute(
+        "INSERT INTO et_decisions (tenant_id, message_id, thread_id, action, reply_message_id) "
+        "VALUES ($1, $2, $3, 'auto_reply', $4)",
         world.a.id, gone, ids["thread_id"], ids["message_id"],
     )  # fmt: skip
     await merge(world, one, two)
@@ -115,7 +129,8 @@ async def test_a_backends_own_tables_follow(world: Any) -> None:
 
 async def test_groups_strangers_and_nobody_are_refused(world: Any) -> None:
     group = await world.owner.fetchval(
-        "INSERT INTO et_leads (tenant_id, external_id, kind) VALUES ($1, 'whatsapp-group:1@g.us', 'group') RETURNING id", world.a.id
+        "INSERT INTO et_leads (tenant_id, external_id, kind) VALUES ($1, 'whatsapp-group:1@g.us', 'group') RETURNING id",
+        world.a.id,
     )
     with pytest.raises(asyncpg.InvalidParameterValueError, match="group"):
         await merge(world, world.a.lead, group)
@@ -161,7 +176,10 @@ async def test_linking_two_forms_of_one_person(world: Any) -> None:
     assert await world.owner.fetchval(link, world.a.id, LID, "whatsapp:+60177") is None
     only_lid = await lead(world, LID)
     assert await world.owner.fetchval(link, world.a.id, LID, "whatsapp:+60177") == only_lid
-    assert await world.owner.fetchval("SELECT external_id FROM et_leads WHERE id = $1", only_lid) == "whatsapp:+60177"
+    assert (
+        await world.owner.fetchval("SELECT external_id FROM et_leads WHERE id = $1", only_lid)
+        == "whatsapp:+60177"
+    )
     assert await world.owner.fetchval(link, world.a.id, "whatsapp:+60177", LID) == only_lid
     assert await world.owner.fetchval(link, world.a.id, LID, "whatsapp:+60111222333") == world.a.lead
     assert await world.owner.fetchval("SELECT external_id FROM et_leads WHERE id = $1", world.a.lead) == (

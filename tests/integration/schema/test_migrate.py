@@ -8,10 +8,10 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from tests.support.postgres import PostgresServer
 
 from core.errors import DatabaseRoleError, MigrationError
 from core.migrate import migrate, read_migrations, schema_directory
+from tests.support.postgres import PostgresServer
 
 
 async def test_every_file_is_applied_once_and_recorded(database_url: str) -> None:

@@ -129,16 +129,21 @@ async def test_an_operator_sends_again(world: Any, status: str) -> None:
     ids = await world.enqueue(world.a)
     await world.move(ids["queue_id"], *WAY[status])
     await world.owner.execute(
-        "UPDATE et_outbound_queue SET retry_count = 3, last_error = 'no', error_code = 'x', claimed_by = 'w', claim_epoch = 4, "
+        "UPDATE et_outbound_queue SET retry_count = 3, last_error = 'no', error_code = 'x', "
+        "claimed_by = 'w', claim_epoch = 4, "
         "expires_at = now() - INTERVAL '1 hour' WHERE id = $1",
         ids["queue_id"],
     )
-    await world.owner.execute("UPDATE et_messages SET channel_message_id = '3EB0' WHERE id = $1", ids["message_id"])
+    await world.owner.execute(
+        "UPDATE et_messages SET channel_message_id = '3EB0' WHERE id = $1", ids["message_id"]
+    )
     await world.owner.execute("SELECT et_retry_outbound($1)", ids["queue_id"])
     assert await world.statuses(ids["queue_id"]) == ("queued", "queued")
     row = await world.owner.fetchrow(
-        "SELECT retry_count, last_error, error_code, claimed_by, claim_epoch, expires_at > now() AS fresh, next_attempt_at <= now() AS due, "
-        "m.channel_message_id LIKE 'out%' AS own_id FROM et_outbound_queue q JOIN et_messages m ON m.id = q.message_id WHERE q.id = $1",
+        "SELECT retry_count, last_error, error_code, claimed_by, claim_epoch, expires_at > now() AS "
+        "fresh, next_attempt_at <= now() AS due, "
+        "m.channel_message_id LIKE 'out%' AS own_id FROM et_outbound_queue q JOIN et_messages m ON "
+        "m.id = q.message_id WHERE q.id = $1",
         ids["queue_id"],
     )
     assert tuple(row) == (0, None, None, None, 4, True, True, True)
@@ -160,7 +165,7 @@ async def test_the_way_back_cannot_be_had_by_a_setting_or_a_comment(world: Any) 
         "UPDATE et_messages SET delivery_status = 'queued'",
         "/* et_retry_outbound(bigint) */ UPDATE et_outbound_queue SET status = 'queued'",
     ):
-        with pytest.raises(asyncpg.CheckViolationError, match="et_retry_outbound|cannot go"):
+        with pytest.raises(asyncpg.CheckViolationError, match=r"et_retry_outbound|cannot go"):
             await world.owner.execute(statement)
 
 

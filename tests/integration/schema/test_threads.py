@@ -26,7 +26,9 @@ async def test_the_first_message_makes_the_thread_and_the_next_joins_it(world: A
     first = await world.inbound(world.a, "m1")
     second = await world.inbound(world.a, "m2")
     queued = await world.enqueue(world.a)
-    rows = await world.owner.fetch("SELECT DISTINCT thread_id FROM et_messages WHERE id = ANY ($1)", [first, second])
+    rows = await world.owner.fetch(
+        "SELECT DISTINCT thread_id FROM et_messages WHERE id = ANY ($1)", [first, second]
+    )
     assert [r[0] for r in rows] == [queued["thread_id"]]
     (thread,) = await threads(world)
     assert (thread["lead_id"], thread["channel_session_id"], thread["status"], thread["handled_by"]) == (
@@ -61,7 +63,9 @@ async def test_many_racing_writers_make_one_thread_per_lead(world: Any) -> None:
     leads = [world.a.lead, world.a.other_lead]
     await asyncio.gather(
         *(
-            conn.fetch(BULK, world.a.id, world.a.session, leads * 5, [f"{n}-{i // 2}" for i in range(10)], False)
+            conn.fetch(
+                BULK, world.a.id, world.a.session, leads * 5, [f"{n}-{i // 2}" for i in range(10)], False
+            )
             for n, conn in enumerate(connections)
         )
     )
@@ -100,7 +104,9 @@ async def test_a_thread_of_history_alone_carries_the_time_of_its_newest_message(
     past = datetime(2025, 5, 1, tzinfo=UTC)
     for days in (1, 3, 2):
         at = past + timedelta(days=days)
-        await world.inbound(world.a, f"h{days}", is_history=True, channel_timestamp=int(at.timestamp() * 1000))
+        await world.inbound(
+            world.a, f"h{days}", is_history=True, channel_timestamp=int(at.timestamp() * 1000)
+        )
     (thread,) = await threads(world)
     assert thread["last_message_at"] == past + timedelta(days=3)
     await world.inbound(world.a, "live")
@@ -170,7 +176,9 @@ async def test_a_tenant_can_be_deleted_with_everything(world: Any) -> None:
 
 async def test_an_agent_may_go_and_its_threads_stay(world: Any) -> None:
     await world.inbound(world.a, "m1")
-    agent = await world.owner.fetchval("INSERT INTO et_agents (tenant_id, name) VALUES ($1, 'x') RETURNING id", world.a.id)
+    agent = await world.owner.fetchval(
+        "INSERT INTO et_agents (tenant_id, name) VALUES ($1, 'x') RETURNING id", world.a.id
+    )
     await world.owner.execute("UPDATE et_threads SET agent_id = $1", agent)
     await world.owner.execute("DELETE FROM et_agents")
     (thread,) = await threads(world)
@@ -179,13 +187,18 @@ async def test_an_agent_may_go_and_its_threads_stay(world: Any) -> None:
 
 async def test_a_lead_has_its_first_identity_and_keeps_it_when_the_phone_is_learned(world: Any) -> None:
     lead = await world.owner.fetchval(
-        "INSERT INTO et_leads (tenant_id, external_id) VALUES ($1, 'whatsapp-lid:77') RETURNING id", world.a.id
+        "INSERT INTO et_leads (tenant_id, external_id) VALUES ($1, 'whatsapp-lid:77') RETURNING id",
+        world.a.id,
     )
     await world.owner.execute("UPDATE et_leads SET external_id = 'whatsapp:+6077' WHERE id = $1", lead)
-    rows = await world.owner.fetch("SELECT external_id FROM et_lead_identities WHERE lead_id = $1 ORDER BY 1", lead)
+    rows = await world.owner.fetch(
+        "SELECT external_id FROM et_lead_identities WHERE lead_id = $1 ORDER BY 1", lead
+    )
     assert [r[0] for r in rows] == ["whatsapp-lid:77", "whatsapp:+6077"]
     with pytest.raises(asyncpg.UniqueViolationError):
-        await world.owner.execute("UPDATE et_leads SET external_id = 'whatsapp-lid:77' WHERE id = $1", world.a.lead)
+        await world.owner.execute(
+            "UPDATE et_leads SET external_id = 'whatsapp-lid:77' WHERE id = $1", world.a.lead
+        )
     with pytest.raises(asyncpg.UniqueViolationError):
         await world.owner.execute(
             "INSERT INTO et_leads (tenant_id, external_id) VALUES ($1, 'whatsapp-lid:77')", world.a.id

@@ -1,20 +1,24 @@
 """No tenant sees or touches another's rows, whatever SQL is sent and whatever is set."""
 
+# ruff: noqa: S608  (statements made of fixed names)
+
 from __future__ import annotations
 
 from typing import Any
 
 import asyncpg
 import pytest
+
 from tests.support.postgres import PostgresServer
 
 REFUSED = (asyncpg.InsufficientPrivilegeError,)
 # Tables in which the fixture puts rows of both tenants. Later migrations may bring more tables; those must be walled too.
-FURNISHED = set(
-    "et_tenants et_agents et_workspaces et_leads et_lead_identities et_lead_merges et_suppressions et_channel_sessions "
-    "et_session_runtime et_session_leases et_session_credentials et_session_cursors et_threads et_messages et_inbound_claims "
-    "et_outbound_queue et_parked_receipts et_thread_insights et_decisions et_audit_log et_api_keys et_events".split()
-)
+FURNISHED = {
+    "et_tenants", "et_agents", "et_workspaces", "et_leads", "et_lead_identities", "et_lead_merges", "et_suppressions",
+    "et_channel_sessions", "et_session_runtime", "et_session_leases", "et_session_credentials", "et_session_cursors",
+    "et_threads", "et_messages", "et_inbound_claims", "et_outbound_queue", "et_parked_receipts", "et_thread_insights",
+    "et_decisions", "et_audit_log", "et_api_keys", "et_events",
+}  # fmt: skip
 SEND = "SELECT * FROM et_enqueue_outbound($1, $2, '+60111222333', 'hi', 'text', NULL, NULL)"
 
 
@@ -44,17 +48,23 @@ async def furnished(world: Any) -> Any:
         for table, rest in of_session.items():
             await world.owner.execute(f"INSERT INTO {table} {rest}", tenant.id, tenant.session)
         await world.owner.execute(
-            "INSERT INTO et_lead_merges (tenant_id, old_id, new_id) VALUES ($1, 999, $2)", tenant.id, tenant.lead
+            "INSERT INTO et_lead_merges (tenant_id, old_id, new_id) VALUES ($1, 999, $2)",
+            tenant.id,
+            tenant.lead,
         )
         await world.owner.execute(
             "INSERT INTO et_decisions (tenant_id, message_id, thread_id, action) VALUES ($1, $2, $3, 'ignore')",
             tenant.id, message, thread,
         )  # fmt: skip
         await world.owner.execute(
-            "INSERT INTO et_thread_insights (tenant_id, thread_id, lead_id) VALUES ($1, $2, $3)", tenant.id, thread, tenant.lead
+            "INSERT INTO et_thread_insights (tenant_id, thread_id, lead_id) VALUES ($1, $2, $3)",
+            tenant.id,
+            thread,
+            tenant.lead,
         )
         await world.owner.execute(
-            "INSERT INTO et_inbound_claims (tenant_id, message_id, thread_id, owner, expires_at) VALUES ($1, $2, $3, 'w', now())",
+            "INSERT INTO et_inbound_claims (tenant_id, message_id, thread_id, owner, expires_at) "
+            "VALUES ($1, $2, $3, 'w', now())",
             tenant.id, message, thread,
         )  # fmt: skip
     await world.owner.execute("INSERT INTO et_db_roles (role, tenant_id) VALUES ('somebody', $1)", world.b.id)
@@ -65,7 +75,8 @@ async def tables(world: Any) -> list[tuple[str, str]]:
     rows = await world.owner.fetch(
         "SELECT c.relname, CASE WHEN c.relname = 'et_tenants' THEN 'id' ELSE 'tenant_id' END FROM pg_class c "
         "WHERE c.relkind = 'r' AND c.relnamespace = 'public'::regnamespace "
-        "AND (c.relname = 'et_tenants' OR EXISTS (SELECT 1 FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'tenant_id')) "
+        "AND (c.relname = 'et_tenants' OR EXISTS (SELECT 1 FROM pg_attribute a WHERE a.attrelid = "
+        "c.oid AND a.attname = 'tenant_id')) "
         "ORDER BY 1"
     )
     return [(r[0], r[1]) for r in rows]
@@ -101,7 +112,12 @@ async def test_the_api_sees_its_own_tenant_alone(furnished: Any) -> None:
     assert {t: ids for t, ids in shown.items() if not ids <= {furnished.a.id}} == {}
     assert {t for t in FURNISHED & shown.keys() if not shown[t]} == set()
     assert {"et_messages", "et_leads", "et_outbound_queue", "et_events", "et_audit_log"} <= shown.keys()
-    assert not shown.keys() & {"et_session_credentials", "et_db_roles", "et_inbound_claims", "et_session_cursors"}
+    assert not shown.keys() & {
+        "et_session_credentials",
+        "et_db_roles",
+        "et_inbound_claims",
+        "et_session_cursors",
+    }
 
 
 @pytest.mark.parametrize("setting", [None, ""])
@@ -137,7 +153,12 @@ async def test_the_api_writes_in_its_own_tenant_alone(furnished: Any) -> None:
         await api.execute("SELECT et_merge_leads($1, $2, $3)", b.id, b.lead, b.other_lead)
     with pytest.raises(asyncpg.NoDataFoundError):
         await api.execute("SELECT et_merge_leads($1, $2, $3)", a.id, a.lead, b.other_lead)
-    for call in ("et_claim_inbound('x')", "et_release_inbound()", "et_prune_events()", "et_apply_parked_receipts()"):
+    for call in (
+        "et_claim_inbound('x')",
+        "et_release_inbound()",
+        "et_prune_events()",
+        "et_apply_parked_receipts()",
+    ):
         with pytest.raises(REFUSED):
             await api.execute(f"SELECT {call}")
 
@@ -149,7 +170,10 @@ async def test_the_api_never_reads_a_key_hash(furnished: Any) -> None:
     for what in ("key_hash", "*"):
         with pytest.raises(REFUSED):
             await api.fetch(f"SELECT {what} FROM et_api_keys")
-    await api.execute("INSERT INTO et_api_keys (tenant_id, name, prefix, key_hash) VALUES ($1, 'n', 'q', '\\x01')", furnished.a.id)
+    await api.execute(
+        "INSERT INTO et_api_keys (tenant_id, name, prefix, key_hash) VALUES ($1, 'n', 'q', '\\x01')",
+        furnished.a.id,
+    )
 
 
 # --- a backend's login ---
@@ -244,17 +268,21 @@ async def test_a_backend_sends_for_its_own_tenant_alone(furnished: Any, backend_
     with pytest.raises(asyncpg.ForeignKeyViolationError):
         await conn.fetchval(message, a.id, b.lead, a.session, "outbound", "queued")
     theirs = await furnished.owner.fetchval(
-        "INSERT INTO et_messages (tenant_id, lead_id, channel_session_id, direction) VALUES ($1, $2, $3, 'outbound') RETURNING id",
+        "INSERT INTO et_messages (tenant_id, lead_id, channel_session_id, direction) VALUES ($1, $2, "
+        "$3, 'outbound') RETURNING id",
         b.id, b.lead, b.session,
     )  # fmt: skip
     with pytest.raises(REFUSED):
         await conn.execute("INSERT INTO et_outbound_queue (message_id) VALUES ($1)", theirs)
     for column, value in (("claim_epoch", "5"), ("claimed_by", "'me'"), ("id", "1")):
         with pytest.raises(REFUSED):
-            await conn.execute(f"INSERT INTO et_outbound_queue (message_id, {column}) VALUES ($1, {value})", own)
+            await conn.execute(
+                f"INSERT INTO et_outbound_queue (message_id, {column}) VALUES ($1, {value})", own
+            )
     with pytest.raises(REFUSED):
         await conn.execute(
-            "INSERT INTO et_messages (id, tenant_id, lead_id, channel_session_id, direction) VALUES (5, $1, $2, $3, 'outbound')",
+            "INSERT INTO et_messages (id, tenant_id, lead_id, channel_session_id, direction) VALUES "
+            "(5, $1, $2, $3, 'outbound')",
             a.id, a.lead, a.session,
         )  # fmt: skip
 
@@ -264,7 +292,9 @@ async def test_a_backend_can_listen(furnished: Any, backend_url: str) -> None:
     await conn.execute("LISTEN et_events")
 
 
-async def test_a_login_that_nobody_named_sees_nothing(furnished: Any, postgres_server: PostgresServer) -> None:
+async def test_a_login_that_nobody_named_sees_nothing(
+    furnished: Any, postgres_server: PostgresServer
+) -> None:
     name = furnished.url.split("?")[0].rsplit("/", 1)[-1]
     postgres_server.superuser_sql(f"CREATE ROLE nobody_{name} LOGIN; GRANT et_backend TO nobody_{name};")
     conn = await furnished.connect(postgres_server.url(name, f"nobody_{name}"))
@@ -275,7 +305,9 @@ async def test_a_login_that_nobody_named_sees_nothing(furnished: Any, postgres_s
         await conn.fetchrow(SEND, furnished.a.id, furnished.a.session)
 
 
-async def test_a_platform_backend_sees_every_tenant(furnished: Any, backend_url: str, postgres_server: PostgresServer) -> None:
+async def test_a_platform_backend_sees_every_tenant(
+    furnished: Any, backend_url: str, postgres_server: PostgresServer
+) -> None:
     await furnished.owner.execute("UPDATE et_db_roles SET tenant_id = NULL WHERE role LIKE 'backend%'")
     conn = await furnished.connect(backend_url)
     shown = await seen(furnished, conn)

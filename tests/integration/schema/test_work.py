@@ -42,7 +42,10 @@ async def test_one_wake_up_per_statement_and_none_for_nothing(world: Any) -> Non
         "SELECT $1, $2, $3, 'm' || g, $4, $5 FROM generate_series(1, 50) g ON CONFLICT DO NOTHING"
     )
     known = (world.a.id, world.a.lead, world.a.session)
-    assert await ears.after(lambda: world.owner.execute(insert, *known, "inbound", False)) == ["et_events", "et_inbound"]
+    assert await ears.after(lambda: world.owner.execute(insert, *known, "inbound", False)) == [
+        "et_events",
+        "et_inbound",
+    ]
     assert await ears.after(lambda: world.owner.execute(insert, *known, "inbound", False)) == []
     other = (world.a.id, world.a.other_lead, world.a.session)
     assert await ears.after(lambda: world.owner.execute(insert, *other, "inbound", True)) == []
@@ -65,7 +68,9 @@ async def test_wishes_and_session_states_wake_the_owners(world: Any) -> None:
     wish = "INSERT INTO et_session_runtime (session_id, tenant_id, wanted) VALUES ($1, $2, 'connected')"
     assert await ears.after(lambda: world.owner.execute(wish, world.a.session, world.a.id)) == ["et_sessions"]
     assert await ears.after(
-        lambda: world.owner.execute("UPDATE et_channel_sessions SET status = 'connecting' WHERE id = $1", world.a.session)
+        lambda: world.owner.execute(
+            "UPDATE et_channel_sessions SET status = 'connecting' WHERE id = $1", world.a.session
+        )
     ) == ["et_events", "et_sessions"]
 
 
@@ -74,7 +79,9 @@ async def test_events_tell_what_happened_in_which_tenant(world: Any) -> None:
     message = await world.inbound(world.a, "m1")
     await world.inbound(world.a, "h1", is_history=True)
     thread = await world.owner.fetchval("SELECT thread_id FROM et_messages WHERE id = $1", message)
-    await world.owner.execute("UPDATE et_messages SET delivery_status = 'inbound_processing' WHERE id = $1", message)
+    await world.owner.execute(
+        "UPDATE et_messages SET delivery_status = 'inbound_processing' WHERE id = $1", message
+    )
     await world.owner.execute("UPDATE et_messages SET content = 'x' WHERE id = $1", message)
     decision = await world.owner.fetchval(
         "INSERT INTO et_decisions (tenant_id, message_id, thread_id, action) VALUES ($1, $2, $3, 'ignore') RETURNING id",
@@ -84,7 +91,9 @@ async def test_events_tell_what_happened_in_which_tenant(world: Any) -> None:
         "INSERT INTO et_thread_insights (tenant_id, thread_id, lead_id) VALUES ($1, $2, $3) RETURNING id",
         world.a.id, thread, world.a.lead,
     )  # fmt: skip
-    await world.owner.execute("UPDATE et_channel_sessions SET status_reason = 'x' WHERE id = $1", world.a.session)
+    await world.owner.execute(
+        "UPDATE et_channel_sessions SET status_reason = 'x' WHERE id = $1", world.a.session
+    )
     rows = await world.owner.fetch("SELECT tenant_id, kind, ref_id FROM et_events ORDER BY xid, id")
     assert [tuple(r) for r in rows] == [
         (world.a.id, "message", message),
@@ -97,7 +106,9 @@ async def test_events_tell_what_happened_in_which_tenant(world: Any) -> None:
 
 async def test_old_events_go(world: Any) -> None:
     await world.inbound(world.a, "m1")
-    await world.owner.execute("UPDATE et_events SET created_at = now() - INTERVAL '25 hours' WHERE kind = 'session'")
+    await world.owner.execute(
+        "UPDATE et_events SET created_at = now() - INTERVAL '25 hours' WHERE kind = 'session'"
+    )
     assert await world.owner.fetchval("SELECT et_prune_events()") == 4
     assert await world.owner.fetchval("SELECT count(*) FROM et_events") == 1
 
@@ -123,7 +134,8 @@ async def test_messages_of_one_thread_are_claimed_together_and_once(world: Any) 
 
 async def test_two_workers_never_claim_the_same_message(world: Any) -> None:
     await world.owner.execute(
-        "INSERT INTO et_leads (tenant_id, external_id) SELECT $1, 'whatsapp:+6012' || g FROM generate_series(1, 60) g", world.a.id
+        "INSERT INTO et_leads (tenant_id, external_id) SELECT $1, 'whatsapp:+6012' || g FROM generate_series(1, 60) g",
+        world.a.id,
     )
     await world.owner.execute(
         "INSERT INTO et_messages (tenant_id, lead_id, channel_session_id, channel_message_id, direction) "
@@ -151,7 +163,9 @@ async def test_a_thread_that_is_being_answered_is_left_alone_until_it_is_done(wo
     await claim(world.owner, "w1")
     second = await world.inbound(world.a, "m2")
     assert await claim(world.owner, "w2") == []
-    await world.owner.execute("UPDATE et_messages SET delivery_status = 'inbound_ignored' WHERE id = $1", first)
+    await world.owner.execute(
+        "UPDATE et_messages SET delivery_status = 'inbound_ignored' WHERE id = $1", first
+    )
     assert await world.owner.fetchval("SELECT count(*) FROM et_inbound_claims") == 0
     assert await claim(world.owner, "w2") == [second]
 
@@ -175,7 +189,9 @@ async def test_only_a_claim_that_ran_out_is_given_back(world: Any) -> None:
     assert await world.owner.fetchval("SELECT et_renew_inbound('w1', INTERVAL '1 second')") == 1
     assert await world.owner.fetchval("SELECT et_renew_inbound('w2')") == 0
     with pytest.raises(asyncpg.CheckViolationError, match="et_release_inbound"):
-        await world.owner.execute("UPDATE et_messages SET delivery_status = 'received' WHERE id = $1", message)
+        await world.owner.execute(
+            "UPDATE et_messages SET delivery_status = 'received' WHERE id = $1", message
+        )
     await world.owner.execute("UPDATE et_inbound_claims SET expires_at = now() - INTERVAL '1 second'")
     assert await world.owner.fetchval("SELECT et_release_inbound()") == 1
     assert await status(world, message) == "received"
@@ -224,7 +240,9 @@ async def test_receipts_move_the_message_in_any_order(world: Any) -> None:
 async def test_a_receipt_settles_an_unknown_send(world: Any) -> None:
     ids = await world.enqueue(world.a)
     await world.move(ids["queue_id"], "dispatching", "unknown")
-    await world.owner.execute("UPDATE et_messages SET channel_message_id = 'A' WHERE id = $1", ids["message_id"])
+    await world.owner.execute(
+        "UPDATE et_messages SET channel_message_id = 'A' WHERE id = $1", ids["message_id"]
+    )
     assert await receipt(world, "A", "delivered") == "applied"
     assert await world.statuses(ids["queue_id"]) == ("sent", "delivered")
 
