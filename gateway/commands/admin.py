@@ -13,8 +13,8 @@ from core.channel import SessionId, TenantId
 from core.database import Database, open_owner
 from core.embedded import EmbeddedPostgres, running_url
 from core.errors import NotFound
-from core.legacy import LegacyCounts
-from core.migrate import migrate, migrate_legacy
+from core.legacy import LegacyCounts, migrate_legacy
+from core.migrate import migrate
 from core.settings import Settings
 from core.store import audit, keys, sessions, tenants
 from gateway.api.auth import new_key

@@ -31,6 +31,7 @@ from sandbox.whatsapp.sandbox import WhatsAppSandbox
 
 PLATFORM_KEY = "cg_demo_platform_key_for_this_machine_only"
 SHOP_NUMBER, CUSTOMER_NUMBER = "+60123456789", "+60111222333"
+SPARE_NUMBER = "+60199999999"
 STEP_SECONDS = 15.0
 STORY_SECONDS = 110.0
 SWITCHES = ("worker", "child", "receipts")
@@ -82,7 +83,9 @@ class Demo:
     async def _start(self) -> None:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="gateway-demo-")))
         self.sandbox = await self._stack.enter_async_context(WhatsAppSandbox(folder / "whatsapp-sandbox"))
-        self.admin = await self._stack.enter_async_context(AdminServer(self.sandbox))
+        self.admin = AdminServer(self.sandbox)
+        await self.admin.start()
+        self._stack.push_async_callback(self.admin.stop)
         os.environ.update(self.sandbox.launch_env())
         child = self.sandbox.client_command()
         if "child" in self.without:
@@ -117,8 +120,9 @@ class Demo:
         self._tell("database", f"PostgreSQL {version}, schema migrated")
         await self._set_up()
         self.shop = self.sandbox.phone(SHOP_NUMBER, "Kedai Aina")
-        receipts = None if "receipts" in self.without else "read"
-        self.customer = self.sandbox.person(CUSTOMER_NUMBER, "Mei", auto_receipts=receipts)
+        self.customer = self.sandbox.person(
+            CUSTOMER_NUMBER, "Mei", auto_receipts=None if "receipts" in self.without else "read"
+        )
         await self._pair(self.session, self.shop, SHOP_NUMBER)
         await self._question_and_answer()
         await self._backend_enqueues()
@@ -287,6 +291,7 @@ class Demo:
     async def stay(self) -> None:
         """Stay up until Ctrl-C; lines typed are written as the customer, what the customer gets is printed."""
         await self.db.execute("UPDATE et_threads SET handled_by = 'agent' WHERE id = $1", self.thread)
+        self.sandbox.phone(SPARE_NUMBER, "Second phone")
         spare = await self._new_session("Second number", await self._first_workspace())
         self._say_how(spare)
         ended = asyncio.Event()
@@ -313,10 +318,10 @@ class Demo:
             "",
             f"The demo stays up; Ctrl-C ends it. API: {url}, in a browser: {url}/docs, key: {PLATFORM_KEY}",
             "  Write as the customer: type a line here and press Enter, or",
-            f'    curl -s {admin}/people/{CUSTOMER_NUMBER}/text -d \'{{"to": "{SHOP_NUMBER}", "text": "how much?"}}\'',
+            f'    curl -s {admin}/people/{CUSTOMER_NUMBER[1:]}/send -d \'{{"to": "{SHOP_NUMBER}", "text": "how much?"}}\'',
             "  A second number to pair: its QR, and a phone of the sandbox that scans it",
             f"    curl -s {url}/sessions/{tenant}/{spare}/qr {auth} -H 'Accept: text/plain'",
-            f'    curl -s {admin}/people/+60199999999/scan -d \'{{"qr": "…"}}\'   # the code: Accept: application/json',
+            f'    curl -s {admin}/people/{SPARE_NUMBER[1:]}/scan -d \'{{"qr": "…"}}\'   # the code: Accept: application/json',
             "  Send as a backend:",
             f"    psql '{self.gateway.database_url}' -c \"SELECT {enqueue}\"",
             "",
@@ -331,10 +336,9 @@ class Demo:
     async def _show_received(self) -> None:
         shown = len(self.customer.received)
         while True:
-            for message in self.customer.received[shown:]:
-                print(f"  Mei's phone ← {message.text}", flush=True)
-            shown = len(self.customer.received)
-            await asyncio.sleep(0.2)
+            message = await self.customer.received.wait_for(start=shown, timeout=86_400)
+            print(f"  Mei's phone ← {message.text}", flush=True)
+            shown += 1
 
     async def _type_as_customer(self) -> None:
         reader = asyncio.StreamReader()

@@ -1,0 +1,57 @@
+"""The demo tells the truth: it ends 0 when the whole story happened, and 1 when any part of it is switched off."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+import pytest
+
+from tests.support.gateway import ROOT
+
+
+async def check(*options: str) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "gateway",
+        "demo",
+        "--check",
+        *options,
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k not in ("DATABASE_URL", "SPHINX")},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        async with asyncio.timeout(115):
+            output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    return process.returncode, output.decode()
+
+
+async def test_the_story_is_seen_in_the_database() -> None:
+    code, output = await check()
+    assert code == 0, output
+    for step in ("paired", "received", "decided", "replied", "read", "backend", "duplicate", "takeover"):
+        assert step in output
+
+
+@pytest.mark.parametrize(
+    ("without", "missing"),
+    [
+        ("worker", "the worker decided"),
+        ("child", "no QR"),
+        ("receipts", "the customer's receipts came back"),
+    ],
+)
+async def test_a_part_that_is_switched_off_is_noticed(without: str, missing: str) -> None:
+    code, output = await check("--without", without)
+    assert code == 1, output
+    assert f"FAILED: {missing}" in output or missing in output
