@@ -216,6 +216,23 @@ class Phone:
                 phone.note(msg_id, message, self.account, self.account.phone, group.id)
         return msg_id
 
+    async def send_status(self, to: Phone | str, text: str) -> str:
+        """A status update, seen by one contact; it comes from the address all statuses come from."""
+        other, msg_id = self._phone(to), message_id()
+        attrs: dict[str, Attribute] = {
+            "from": JID("status", "broadcast"),
+            "participant": self.account.lid,
+            "participant_pn": self.account.phone,
+            "id": msg_id,
+            "t": int(time.time()),
+            "type": "text",
+            "notify": self.name,
+        }
+        for device in other.devices:
+            enc = self._enc(device, bodies.text(text).SerializeToString(), {})
+            self._post(device, Node("message", attrs, [enc]))
+        return msg_id
+
     async def send_garbage(
         self, to: Phone | str, text: str = "repaired", *, repair: Repair = "yes", mode: Mode = "lid"
     ) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
+import signal
 
 import pytest
 from PIL import Image
@@ -218,6 +220,41 @@ async def test_a_client_gives_up_when_every_repair_is_unreadable_too(linked: Lin
     await linked.mei.send_text(linked.shop, "and life still goes on")
     await linked.client.wait("MessageEv", lambda e: e["text"] == "and life still goes on")
     assert asked() <= 5
+
+
+async def test_a_status_comes_from_its_own_address(linked: Linked) -> None:
+    msg_id = await linked.mei.send_status(linked.shop, "on holiday")
+    source = (await linked.client.message(msg_id))["info"]["MessageSource"]
+    assert (source["Chat"]["User"], source["Chat"]["Server"]) == ("status", "broadcast")
+    await linked.wa.wait_acked(msg_id)
+
+
+async def test_a_hundred_people_write_at_once_and_each_ones_order_is_kept(linked: Linked) -> None:
+    crowd = [linked.wa.person(f"+6017000{number:04}") for number in range(100)]
+    sent: dict[str, list[str]] = {person.lid: [] for person in crowd}
+    for round_number in range(3):
+        for person in crowd:
+            sent[person.lid].append(await person.send_text(linked.shop, f"round {round_number}"))
+    await linked.wa.wait_drained(linked.device, timeout=30)
+    last = [ids[-1] for ids in sent.values()]
+    for msg_id in last:
+        await linked.client.message(msg_id)
+    got: dict[str, list[str]] = {lid: [] for lid in sent}
+    for event in linked.client.events:
+        if event["ev"] == "MessageEv":
+            got.get(event["info"]["MessageSource"]["Sender"]["User"], []).append(event["id"])
+    assert got == sent
+
+
+async def test_a_stopped_client_holds_nobody_up(linked: Linked) -> None:
+    linked.client.process.send_signal(signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(5):
+            ids = [await linked.mei.send_text(linked.shop, "x" * 10_000) for _ in range(200)]
+    finally:
+        linked.client.process.send_signal(signal.SIGCONT)
+    await linked.client.message(ids[-1])
+    await linked.wa.wait_drained(linked.device)
 
 
 async def test_typing_is_seen(linked: Linked) -> None:
