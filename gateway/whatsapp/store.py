@@ -1,6 +1,6 @@
 """whatsmeow's own SQLite file, read: who we are, what a send became, which phone a LID is. And the one thing we delete.
 
-Reads are short and read-only, so that whatsmeow never waits for them; only `drop_sessions` writes, and only while no
+Reads are short, so that whatsmeow hardly waits for them; only `drop_sessions` writes, and only while no
 client runs. Cryptographic state is never edited.
 """
 
@@ -109,8 +109,10 @@ def _read(path: Path, sql: str, parameters: tuple[object, ...] = ()) -> list[tup
     """Rows, or none when the file or the table is not there yet. Raises sqlite3.Error when it cannot be read."""
     if not path.exists():
         return []
-    uri = f"{path.resolve().as_uri()}?mode=ro"
+    # Not `mode=ro`: after a kill in the middle of a transaction SQLite has to roll it back before anyone can read.
+    uri = f"{path.resolve().as_uri()}?mode=rw"
     with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)) as conn:
+        conn.execute("PRAGMA query_only = ON")
         try:
             return conn.execute(sql, parameters).fetchall()
         except sqlite3.OperationalError as error:

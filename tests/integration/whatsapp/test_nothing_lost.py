@@ -31,7 +31,6 @@ async def restart_with(session: Session, monkeypatch: pytest.MonkeyPatch, faults
     pid = session.pid
     kill(session)
     await ended(session, pid)
-    monkeypatch.delenv("FAULTS") if not faults else None
     async with asyncio.timeout(15):
         while len(session.wa.logins) == logins:
             await asyncio.sleep(0.02)
