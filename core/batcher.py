@@ -102,18 +102,21 @@ class Batcher(Generic[T, R]):
     @property
     def depth(self) -> int:
         """Items that were submitted and have no outcome yet."""
-        return sum(len(lane.waiting) + lane.busy for lane in self._lanes)
+        depth = 0
+        for lane in self._lanes:
+            depth += len(lane.waiting) + lane.busy
+        return depth
 
     # ---- in ----
 
     def submit(self, lane_key: int, value: T) -> asyncio.Future[R]:
         """Queue one item; the same key always meets the same lane, in order. The future gets the result,
         DatabaseUnavailable, or Invalid. Raises DatabaseUnavailable when nothing more can be taken."""
-        if not self._running or not self.healthy:
+        lane = self._lanes[lane_key % len(self._lanes)]
+        if not self._running or lane.task is None or lane.task.done():
             raise DatabaseUnavailable(f"{self.name} is not running; bring the message again")
         if self.depth >= self._max_waiting:
             raise DatabaseUnavailable(f"{self.name}: {self._max_waiting} items already wait for the database")
-        lane = self._lanes[lane_key % len(self._lanes)]
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         lane.waiting.append(_Item(value, future))
         lane.wake.set()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import asyncpg
 
@@ -23,8 +23,7 @@ log = logs.get(part="leads")
 ROUNDS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """One person as one message names them."""
 
     tenant_id: int

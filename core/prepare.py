@@ -3,8 +3,7 @@ a bad row. Pure: no IO. Raises Invalid for what can never be stored."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.channel import Cursor, InboundMessage, MessageType
 from core.database_json import clean_text, encode
@@ -18,8 +17,7 @@ LONGEST_ID = 2000
 """Bytes: the dedupe key must fit into an index entry."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     message: InboundMessage
     row: Row
     wanted: Wanted
