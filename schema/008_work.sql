@@ -1,39 +1,39 @@
 -- What workers call: claims of inbound messages, receipts that come in any order.
 
 -- Takes up to p_limit threads with waiting messages and claims what waits in them (at most 50 a thread, so that messages
--- written in one breath are answered together). The thread's row is the lock: two workers never hold one thread, and
--- SKIP LOCKED makes the second take the next. A thread with a claim that is still running waits for it to end.
--- Suspended tenants wait. Returned in order of thread and message.
+-- written in one breath are answered together). Two workers never hold one thread: the second finds its advisory lock
+-- taken and goes on to the next. Not the thread's row, which ingest and people write to: skipping it for their sake would
+-- leave a message to the next poll. A thread with a claim that is still running waits for it to end; suspended tenants
+-- wait. Returned in order of thread and message.
 CREATE OR REPLACE FUNCTION et_claim_inbound(p_owner TEXT, p_limit INTEGER DEFAULT 20, p_lease INTERVAL DEFAULT INTERVAL '2 minutes')
 RETURNS SETOF et_messages
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 DECLARE
-    threads BIGINT[];
+    candidate BIGINT;
+    threads BIGINT[] := '{}';
     ids BIGINT[];
 BEGIN
-    SELECT array_agg(picked.id) INTO threads
-    FROM (
-        SELECT t.id
+    FOR candidate IN
+        -- The oldest waiting first. More than p_limit, because some will be taken.
+        SELECT waiting.thread_id
         FROM (
-            -- The oldest waiting first. More than p_limit, because some will be locked or busy.
-            SELECT waiting.thread_id, min(waiting.id) AS first_id
-            FROM (
-                SELECT m.thread_id, m.id
-                FROM public.et_messages m
-                JOIN public.et_tenants n ON n.id = m.tenant_id AND n.status = 'active'
-                WHERE m.direction = 'inbound' AND m.delivery_status = 'received' AND NOT m.is_history AND NOT m.placeholder
-                  AND NOT EXISTS (SELECT 1 FROM public.et_inbound_claims c WHERE c.thread_id = m.thread_id)
-                ORDER BY m.id
-                LIMIT p_limit * 10
-            ) waiting
-            GROUP BY waiting.thread_id
-        ) w
-        JOIN public.et_threads t ON t.id = w.thread_id
-        ORDER BY w.first_id
-        LIMIT p_limit
-        FOR NO KEY UPDATE OF t SKIP LOCKED
-    ) picked;
-    IF threads IS NULL THEN
+            SELECT m.thread_id, m.id
+            FROM public.et_messages m
+            JOIN public.et_tenants n ON n.id = m.tenant_id AND n.status = 'active'
+            WHERE m.direction = 'inbound' AND m.delivery_status = 'received' AND NOT m.is_history AND NOT m.placeholder
+              AND NOT EXISTS (SELECT 1 FROM public.et_inbound_claims c WHERE c.thread_id = m.thread_id)
+            ORDER BY m.id
+            LIMIT p_limit * 10
+        ) waiting
+        GROUP BY waiting.thread_id
+        ORDER BY min(waiting.id)
+    LOOP
+        IF pg_try_advisory_xact_lock(hashtextextended('et_thread:' || candidate, 0)) THEN
+            threads := threads || candidate;
+        END IF;
+        EXIT WHEN cardinality(threads) >= p_limit;
+    END LOOP;
+    IF threads = '{}' THEN
         RETURN;
     END IF;
     -- A fresh statement: whoever held a thread until a moment ago has committed, and its claims can be seen.

@@ -263,3 +263,25 @@ async def test_a_receipt_touches_only_its_own_session(world: Any) -> None:
     assert await world.owner.fetchval(other, world.a.id, world.a.other_session) == "parked"
     assert await world.owner.fetchval(other, world.b.id, world.b.session) == "parked"
     assert await world.statuses(item) == ("sent", "sent")
+
+
+async def test_a_thread_that_somebody_is_writing_to_is_claimed_all_the_same(world: Any) -> None:
+    message = await world.inbound(world.a, "m1")
+    writing = await world.connect()
+    open_ = writing.transaction()
+    await open_.start()
+    await writing.execute("UPDATE et_threads SET handled_by = 'human'")
+    assert await claim(world.owner, "w1") == [message]
+    await open_.rollback()
+
+
+async def test_a_second_worker_cannot_enter_a_thread_while_the_first_has_not_committed(world: Any) -> None:
+    first, second = await world.connect(role="et_worker"), await world.connect(role="et_worker")
+    await world.inbound(world.a, "m1")
+    open_ = first.transaction()
+    await open_.start()
+    assert len(await claim(first, "w1")) == 1
+    await world.inbound(world.a, "m2")
+    assert await claim(second, "w2") == []
+    await open_.commit()
+    assert await claim(second, "w2") == []
