@@ -97,6 +97,8 @@ WITH mine AS MATERIALIZED (
     SELECT q.id,
            CASE
                WHEN q.expires_at <= now() THEN 'expired'
+               -- 'closing': the reply that says so itself (opted out, a colleague will answer).
+               WHEN m.raw_payload->>'closing' = 'true' THEN NULL
                WHEN l.opted_out_at IS NOT NULL AND coalesce(m.raw_payload->>'origin', '') <> ALL ({people})
                    THEN 'opted_out'
                WHEN t.handled_by = 'human' AND a.automatic THEN 'human_takeover'
@@ -173,6 +175,7 @@ LEFT JOIN LATERAL (
       AND o.channel_session_id = m.channel_session_id
       AND o.lead_id = m.lead_id
       AND o.channel_message_id = m.reply_to_message_id
+    OFFSET 0  -- most messages quote nothing: then nothing is looked up
 ) quoted ON true
 ORDER BY v.priority DESC, v.next_attempt_at, v.id
 """

@@ -15,7 +15,8 @@ from asyncpg import Record
 
 from core.channel import Json, SessionId, SessionState, SessionStatus, TenantId
 from core.errors import Conflict, NotFound
-from core.store import leases
+from core.secrets import KeyRing
+from core.store import credentials, leases
 from core.store.audit import Conn
 
 Wanted = Literal["connected", "disconnected", "deleted"]
@@ -354,28 +355,29 @@ async def finish_delete(conn: Conn, session_id: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Identified:
-    """What a number that became known means. `live`: it is connected under `session_id`, which is not ours to take."""
+    """What a number that became known means: `same` and `named`, it is this session's now; `known`, an older session of
+    this tenant has it and is not live; `live`, that one is connected and not ours to take."""
 
+    outcome: Literal["same", "named", "known", "live"]
     session_id: SessionId
-    outcome: Literal["same", "named", "adopted", "live"]
-    epoch: int | None = None
-    """Of the lease on the surviving row, when adopted."""
 
 
-async def identify(conn: Conn, session_id: int, identifier: str, owner: str, *, ttl: float) -> Identified:
-    """Give a pending session its number, inside the caller's transaction.
-
-    When this tenant has the number already: a live session is reported, one that is not live is adopted: threads and
-    messages stay with the older row, wish and cursors move to it, the pending row goes.
-    """
+async def identify(conn: Conn, session_id: int, identifier: str) -> Identified:
+    """Give a session its number unless another session of the tenant has it. Inside the caller's transaction; both rows
+    stay locked until it ends. Raises NotFound."""
     row = await conn.fetchrow(
-        "SELECT tenant_id, channel_type, session_identifier FROM et_channel_sessions WHERE id = $1 FOR UPDATE",
+        """
+        SELECT tenant_id, channel_type, session_identifier
+        FROM et_channel_sessions
+        WHERE id = $1
+        FOR NO KEY UPDATE
+        """,
         session_id,
     )
     if row is None:
         raise NotFound(f"session {session_id} does not exist any more")
     if row["session_identifier"] == identifier:
-        return Identified(SessionId(session_id), "same")
+        return Identified("same", SessionId(session_id))
     older = await conn.fetchrow(
         """
         SELECT s.id, s.status, coalesce(l.expires_at > clock_timestamp(), false) AS held
@@ -384,7 +386,7 @@ async def identify(conn: Conn, session_id: int, identifier: str, owner: str, *, 
         WHERE s.tenant_id = $1
           AND s.channel_type = $2
           AND s.session_identifier = $3
-        FOR UPDATE OF s
+        FOR NO KEY UPDATE OF s
         """,
         row["tenant_id"],
         row["channel_type"],
@@ -394,12 +396,23 @@ async def identify(conn: Conn, session_id: int, identifier: str, owner: str, *, 
         await conn.execute(
             "UPDATE et_channel_sessions SET session_identifier = $2 WHERE id = $1", session_id, identifier
         )
-        return Identified(SessionId(session_id), "named")
-    if older["held"] and older["status"] in ("active", "connecting"):
-        return Identified(SessionId(older["id"]), "live")
-    epoch = await leases.seize(conn, owner, older["id"], ttl=ttl)
-    await _fold(conn, row["tenant_id"], session_id, older["id"])
-    return Identified(SessionId(older["id"]), "adopted", epoch)
+        return Identified("named", SessionId(session_id))
+    live = older["held"] and older["status"] in ("active", "connecting")
+    return Identified("live" if live else "known", SessionId(older["id"]))
+
+
+async def adopt(conn: Conn, ring: KeyRing, old_id: int, new_id: int, owner: str, *, ttl: float) -> int:
+    """A pending session becomes part of the older one with its number: threads and messages stay with the older row,
+    wish, cursors and credentials move to it, the pending row goes. Inside the transaction that called `identify`.
+
+    Returns the epoch of our lease on the surviving row.
+    """
+    tenant_id = await conn.fetchval("SELECT tenant_id FROM et_channel_sessions WHERE id = $1", old_id)
+    epoch = await leases.seize(conn, owner, new_id, ttl=ttl)
+    await _fold(conn, tenant_id, old_id, new_id)
+    await credentials.move(conn, ring, tenant_id=tenant_id, old_id=old_id, new_id=new_id)
+    await conn.execute("DELETE FROM et_channel_sessions WHERE id = $1", old_id)
+    return epoch
 
 
 async def _fold(conn: Conn, tenant_id: int, old_id: int, new_id: int) -> None:
@@ -459,6 +472,24 @@ async def _fold(conn: Conn, tenant_id: int, old_id: int, new_id: int) -> None:
     await conn.execute("UPDATE et_session_moves SET new_id = $2 WHERE new_id = $1", *ids)
 
 
-async def drop_pending(conn: Conn, session_id: int) -> None:
-    """The last step of an adoption, when credentials have moved: the row itself."""
-    await conn.execute("DELETE FROM et_channel_sessions WHERE id = $1", session_id)
+async def moves(conn: Conn, old_ids: Sequence[int]) -> dict[int, int]:
+    """Which of these sessions became part of which, whatever their tenant: for folders that were left behind."""
+    rows = await conn.fetch(
+        "SELECT old_id, new_id FROM et_session_moves WHERE old_id = ANY ($1::BIGINT[])", list(old_ids)
+    )
+    return {row["old_id"]: row["new_id"] for row in rows}
+
+
+async def mark_orphans(conn: Conn) -> int:
+    """Sessions that say they are connected although the gateway that had them is gone and nobody has taken over."""
+    status = await conn.execute(
+        """
+        UPDATE et_channel_sessions s
+        SET status = 'disconnected', status_reason = 'gateway_gone'
+        FROM et_session_leases l
+        WHERE l.session_id = s.id
+          AND l.expires_at < clock_timestamp() - INTERVAL '5 seconds'
+          AND s.status IN ('active', 'connecting')
+        """
+    )
+    return int(status.rpartition(" ")[2])

@@ -75,7 +75,9 @@ async def test_a_hundred_rows_of_a_separate_backend_are_handed_over_within_a_sec
     assert max(late) < timedelta(seconds=1)
 
 
-async def test_plain_inserts_into_the_two_tables_are_enough(database: Database, platform: FakePlatform) -> None:
+async def test_plain_inserts_into_the_two_tables_are_enough(
+    database: Database, platform: FakePlatform
+) -> None:
     place = await make_place(database)
     async with running(database, FakeDispatcher(platform, [place.session_id])):
         queue_id = await value(
@@ -107,7 +109,9 @@ async def test_without_a_recipient_the_last_inbound_address_is_used(
 ) -> None:
     place = await make_place(database)
     lead = await value(
-        database, "INSERT INTO et_leads (tenant_id, external_id) VALUES ($1, 'fake:old') RETURNING id", place.tenant_id
+        database,
+        "INSERT INTO et_leads (tenant_id, external_id) VALUES ($1, 'fake:old') RETURNING id",
+        place.tenant_id,
     )
     for n, sender in enumerate(("first", "latest")):
         await value(
@@ -134,7 +138,9 @@ async def test_without_a_recipient_the_last_inbound_address_is_used(
 async def test_a_quoted_reply_carries_what_it_quotes(database: Database, platform: FakePlatform) -> None:
     place = await make_place(database)
     lead = await value(
-        database, "INSERT INTO et_leads (tenant_id, external_id) VALUES ($1, 'fake:amy') RETURNING id", place.tenant_id
+        database,
+        "INSERT INTO et_leads (tenant_id, external_id) VALUES ($1, 'fake:amy') RETURNING id",
+        place.tenant_id,
     )
     await value(
         database,
@@ -218,7 +224,9 @@ async def test_a_retry_then_success(database: Database, platform: FakePlatform) 
     assert metrics.retries.labels("fake")._value.get() == 1
 
 
-async def test_three_definite_failures_end_it_with_the_reason(database: Database, platform: FakePlatform) -> None:
+async def test_three_definite_failures_end_it_with_the_reason(
+    database: Database, platform: FakePlatform
+) -> None:
     place = await make_place(database)
     platform.script(*[NotSentError("websocket not connected", code="websocket_not_connected")] * 3)
     async with running(database, FakeDispatcher(platform, [place.session_id])):
@@ -283,10 +291,14 @@ async def test_throttling_costs_no_attempt(database: Database, platform: FakePla
     assert len(platform.calls) == 6
 
 
-async def test_a_reachout_limit_holds_back_first_contacts_only(database: Database, platform: FakePlatform) -> None:
+async def test_a_reachout_limit_holds_back_first_contacts_only(
+    database: Database, platform: FakePlatform
+) -> None:
     place = await make_place(database)
     lead = await value(
-        database, "INSERT INTO et_leads (tenant_id, external_id) VALUES ($1, 'fake:known') RETURNING id", place.tenant_id
+        database,
+        "INSERT INTO et_leads (tenant_id, external_id) VALUES ($1, 'fake:known') RETURNING id",
+        place.tenant_id,
     )
     await value(
         database,
@@ -310,7 +322,9 @@ async def test_a_reachout_limit_holds_back_first_contacts_only(database: Databas
     assert platform.texts == ["cold", "warm"]
 
 
-async def test_a_row_with_an_impossible_address_fails_in_words(database: Database, platform: FakePlatform) -> None:
+async def test_a_row_with_an_impossible_address_fails_in_words(
+    database: Database, platform: FakePlatform
+) -> None:
     place = await make_place(database, channel="whatsapp")
     async with running(database, FakeDispatcher(platform, [place.session_id])):
         queue_id = await enqueue(database, place, "hello", to="+60123456789")
@@ -375,7 +389,9 @@ async def test_who_opted_out_hears_only_from_a_person(database: Database, platfo
     assert platform.texts == ["by hand"]
 
 
-async def test_after_a_takeover_no_automatic_reply_goes_out(database: Database, platform: FakePlatform) -> None:
+async def test_after_a_takeover_no_automatic_reply_goes_out(
+    database: Database, platform: FakePlatform
+) -> None:
     place = await make_place(database)
     automatic = await enqueue(database, place, "automatic", dedupe_key="reply:1")
     manual = await enqueue(database, place, "by hand")
@@ -410,7 +426,9 @@ async def test_a_repeated_dedupe_key_sends_once(database: Database, platform: Fa
 # --- fairness
 
 
-async def test_a_big_campaign_does_not_delay_another_tenants_reply(database: Database, platform: FakePlatform) -> None:
+async def test_a_big_campaign_does_not_delay_another_tenants_reply(
+    database: Database, platform: FakePlatform
+) -> None:
     big, small = await make_place(database, name="big"), await make_place(database, name="small")
     await fetch(
         database,
@@ -467,7 +485,9 @@ async def test_an_outcome_of_another_gateway_is_found_too(database: Database, pl
     assert outcome.status == "sent"
 
 
-async def test_dispatch_next_sends_one_and_says_what_became_of_it(database: Database, platform: FakePlatform) -> None:
+async def test_dispatch_next_sends_one_and_says_what_became_of_it(
+    database: Database, platform: FakePlatform
+) -> None:
     place, other = await make_place(database), await make_place(database, name="other")
     dispatcher = FakeDispatcher(platform, [])
     async with running(database, dispatcher) as worker:
@@ -478,13 +498,20 @@ async def test_dispatch_next_sends_one_and_says_what_became_of_it(database: Data
         platform.script(NotSentError("later"))
         result = await worker.dispatch_next(place.tenant_id)
         assert result is not None
-        assert (result.queue_id, result.status, result.retry_count, result.detail) == (queue_id, "queued", 1, "later")
+        assert (result.queue_id, result.status, result.retry_count, result.detail) == (
+            queue_id,
+            "queued",
+            1,
+            "later",
+        )
 
 
 # --- fencing
 
 
-async def test_without_the_lease_in_the_database_nothing_is_claimed(database: Database, platform: FakePlatform) -> None:
+async def test_without_the_lease_in_the_database_nothing_is_claimed(
+    database: Database, platform: FakePlatform
+) -> None:
     place = await make_place(database)
     await give_lease(database, place, "gw-2")
     async with running(database, FakeDispatcher(platform, [place.session_id]), owner="gw-1"):
@@ -497,7 +524,9 @@ async def test_without_the_lease_in_the_database_nothing_is_claimed(database: Da
     assert not platform.calls
 
 
-async def test_a_proof_that_ends_before_the_call_means_no_call(database: Database, platform: FakePlatform) -> None:
+async def test_a_proof_that_ends_before_the_call_means_no_call(
+    database: Database, platform: FakePlatform
+) -> None:
     """The process was stopped between claim and call, longer than the lease lives."""
     place = await make_place(database)
     now = [100.0]
@@ -519,7 +548,9 @@ async def test_a_proof_that_ends_before_the_call_means_no_call(database: Databas
     assert len(platform.calls) == 1
 
 
-async def test_two_workers_on_the_same_rows_send_each_once(database: Database, platform: FakePlatform) -> None:
+async def test_two_workers_on_the_same_rows_send_each_once(
+    database: Database, platform: FakePlatform
+) -> None:
     place = await make_place(database)
     ids = [await enqueue(database, place, f"{n}", to=f"p{n}") for n in range(200)]
     dispatcher = FakeDispatcher(platform, [place.session_id])

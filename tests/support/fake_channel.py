@@ -178,7 +178,12 @@ class FakeChannel:
         return self._state
 
     async def say(
-        self, status: SessionStatus, reason: str | None = None, *, identifier: str | None = None, action: str | None = None
+        self,
+        status: SessionStatus,
+        reason: str | None = None,
+        *,
+        identifier: str | None = None,
+        action: str | None = None,
     ) -> None:
         """Report a state."""
         self._state = SessionState(status, reason, identifier=identifier, action=action)
@@ -245,7 +250,9 @@ class FakeChannel:
 
     # --- what the world does
 
-    async def receive(self, text: str, *, sender: str = "+60111222333", message_id: str | None = None) -> list[Stored]:
+    async def receive(
+        self, text: str, *, sender: str = "+60111222333", message_id: str | None = None
+    ) -> list[Stored]:
         """A message comes in."""
         message = InboundMessage(
             tenant_id=TenantId(self.context.tenant_id),

@@ -17,7 +17,14 @@ from core.metrics import Metrics
 from core.outbound import OutboundWorker
 
 QUICK = Timings(
-    poll=0.2, backoff=(0.05, 0.1), tend=0.05, recover=0.05, resolve=2, resolve_patience=0.5, owner_alive=30, stop=2
+    poll=0.2,
+    backoff=(0.05, 0.1),
+    tend=0.05,
+    recover=0.05,
+    resolve=2,
+    resolve_patience=0.5,
+    owner_alive=30,
+    stop=2,
 )
 
 
@@ -41,7 +48,12 @@ async def value(db: Database, sql: str, *args: Any) -> Any:
 
 
 async def make_place(
-    db: Database, *, owner: str = "gw-1", tenant_id: int | None = None, channel: str = "fake", name: str = "shop"
+    db: Database,
+    *,
+    owner: str = "gw-1",
+    tenant_id: int | None = None,
+    channel: str = "fake",
+    name: str = "shop",
 ) -> Place:
     if tenant_id is None:
         tenant_id = await value(db, "INSERT INTO et_tenants (name) VALUES ($1) RETURNING id", name)
@@ -118,7 +130,9 @@ async def reached(db: Database, queue_id: int, status: str, *, seconds: float = 
         found: Record = await eventually(check, seconds=seconds)
     except AssertionError:
         row = await item(db, queue_id)
-        raise AssertionError(f"item {queue_id} is {row['status']} ({row['last_error']}), not {status}") from None
+        raise AssertionError(
+            f"item {queue_id} is {row['status']} ({row['last_error']}), not {status}"
+        ) from None
     return found
 
 
