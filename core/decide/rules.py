@@ -6,6 +6,7 @@ Looks at nothing but its context and never raises on any text; what it does not 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from core import log as logs
 from core.channel import MessageType
@@ -179,11 +180,16 @@ def _fits(case: _Case, rule: Rule) -> bool:
         return False
     if when.types and not any(message.message_type in when.types for message in case.context.messages):
         return False
-    if when.any and not case.says(Phrases(when.any)):
+    if when.any and not case.says(_phrases(when.any)):
         return False
-    if when.none and case.says(Phrases(when.none)):
+    if when.none and case.says(_phrases(when.none)):
         return False
-    return all(case.says(Phrases([phrase])) for phrase in when.all)
+    return all(case.says(_phrases((phrase,))) for phrase in when.all)
+
+
+@lru_cache(maxsize=4096)
+def _phrases(words: tuple[str, ...]) -> Phrases:
+    return Phrases(words)
 
 
 def _apply(case: _Case, rule: Rule) -> Decision:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,3 +152,11 @@ def test_built_in_texts_are_whole_in_every_language() -> None:
 def test_a_decision_that_contradicts_itself_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"."):
         Decision(**fields)
+
+
+def test_the_settings_in_the_documentation_are_right() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "deciding.md").read_text()
+    blob = page.split("```json")[1].split("```")[0]
+    settings = json.loads(blob)
+    validate(settings)
+    assert set(settings) == set(RulesSettings.model_fields)
