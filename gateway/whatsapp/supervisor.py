@@ -20,6 +20,7 @@ from core import log
 from core.channel import PairingUpdate, SessionContext, SessionState, SessionStatus
 from core.metrics import Metrics
 from gateway.whatsapp import states
+from gateway.whatsapp.folder import forget_device
 from gateway.whatsapp.pairing import Pairing, is_expected
 from gateway.whatsapp.process import ChildGone, ChildProcess, ChildRefused, ChildTimeout
 from gateway.whatsapp.protocol import Exit
@@ -42,6 +43,8 @@ class Verdict:
     state: SessionState | None = None
     resume_after: float | None = None
     """Seconds until the session tries again by itself (a ban's end)."""
+    forget: bool = False
+    """The device exists no more: its keys go."""
 
 
 class Supervisor:
@@ -95,6 +98,8 @@ class Supervisor:
                 if self.leaving:
                     return
                 if verdict is not None and verdict.state is not None:
+                    if verdict.forget:
+                        await asyncio.to_thread(forget_device, self._context.folder)
                     self.publish(verdict.state)
                     if verdict.resume_after is None:
                         return
@@ -351,7 +356,8 @@ class Supervisor:
         with contextlib.suppress(ChildGone, ChildTimeout, ChildRefused):
             await self.child.ask("logout", seconds=self._timings.logout)
         self._wrong = None
-        self._judge(Verdict("wrong_number", states.logged_out("wrong_number", expected=expected)))
+        state = states.logged_out("wrong_number", expected=expected)
+        self._judge(Verdict("wrong_number", state, forget=True))
 
     def _on_disconnected(self, _line: dict[str, Any]) -> None:
         self.down("disconnected")
@@ -363,7 +369,7 @@ class Supervisor:
 
     def _on_logged_out(self, _line: dict[str, Any]) -> None:
         if self._wrong is None:
-            self._judge(Verdict("logged_out_by_phone", states.logged_out("logged_out_by_phone")))
+            self._judge(Verdict("logged_out_by_phone", states.logged_out("logged_out_by_phone"), forget=True))
 
     def _on_stream_replaced(self, _line: dict[str, Any]) -> None:
         # Whoever replaced us holds the session now: taking it back unasked would begin an endless quarrel.

@@ -97,7 +97,8 @@ async def test_a_child_killed_again_and_again_mid_traffic_loses_and_doubles_noth
 
 
 @pytest.mark.parametrize(
-    "point", ["whatsapp.callback", "whatsapp.journal.before", "journal.before_fsync", "whatsapp.journal.after"]
+    "point",
+    ["whatsapp.callback", "whatsapp.journal.before", "journal.before_fsync", "whatsapp.journal.after"],
 )
 async def test_a_kill_at_each_step_of_the_callback_loses_nothing(
     session: Session, mei: Phone, monkeypatch: pytest.MonkeyPatch, point: str

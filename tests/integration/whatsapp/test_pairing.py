@@ -76,7 +76,9 @@ async def test_codes_that_run_out_are_a_timeout_too(session_of: Opener) -> None:
     await session.sink.stands("disconnected", "qr_timeout")
 
 
-async def test_another_number_than_expected_is_logged_out_again(session_of: Opener, wa: WhatsAppSandbox) -> None:
+async def test_another_number_than_expected_is_logged_out_again(
+    session_of: Opener, wa: WhatsAppSandbox
+) -> None:
     session = session_of("+60155555555", metadata={"expected_identifier": "+60123456789"})
     await session.channel.pair_qr()
     await session.shop.scan(await session.sink.code())
