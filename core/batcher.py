@@ -150,7 +150,7 @@ class Batcher(Generic[T, R]):
         error = await self._try(batch, deadline)
         if error is None:
             return
-        if is_unavailable(error):
+        if is_unavailable(error) or (len(batch) == 1 and is_transient(error)):
             raise DatabaseUnavailable(f"the database cannot be used now ({reason(error)})") from error
         if len(batch) == 1:
             self._refuse(batch, error if isinstance(error, GatewayError) else _invalid(error))

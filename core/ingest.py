@@ -189,7 +189,9 @@ class Ingest:
                     if len(works) > 1:
                         raise
                     raise _no_session(works[0], error) from error
-                last: Exception = error
+                # Others who keep changing the same leads are a reason to wait, not to refuse the message.
+                gone = isinstance(error, asyncpg.ForeignKeyViolationError)
+                last: Exception = error if gone else asyncpg.SerializationError(reason(error))
                 self._forget(works)
                 continue
             left = []

@@ -106,6 +106,16 @@ async def test_a_long_outage_refuses_everything_that_waits_in_the_lane() -> None
     assert store.written == [99]
 
 
+async def test_an_endless_deadlock_is_no_fault_of_the_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(batch: Sequence[int]) -> None:
+        raise asyncpg.DeadlockDetectedError("again")
+
+    monkeypatch.setattr("core.batcher.TRANSIENT_LIMIT", 2)
+    async with batcher(Store(fail), patience=30) as batches:
+        with pytest.raises(DatabaseUnavailable):
+            await batches.submit(0, 1)
+
+
 async def test_an_error_nobody_thought_of_reaches_its_submitter_and_the_loop_lives() -> None:
     def fail(batch: Sequence[int]) -> None:
         if batch == [1]:
