@@ -316,6 +316,19 @@ async def test_a_person_who_takes_over_while_the_decider_thinks_is_not_talked_ov
     assert await shop.replies() == []
 
 
+async def test_who_opts_out_while_the_decider_thinks_gets_no_reply(database: Database) -> None:
+    shop = await open_shop(database)
+    thinking = Thinking()
+    async with working(database, thinking):
+        ids = await shop.write("hi")
+        await asyncio.wait_for(thinking.asked.wait(), 10)
+        await shop.value("UPDATE et_leads SET opted_out_at = now()")
+        thinking.released.set()
+        [decision] = await shop.decided(ids)
+    assert (decision["action"], decision["reason"]) == ("ignore", "opted_out")
+    assert await shop.replies() == []
+
+
 async def test_a_model_that_is_not_configured_leaves_it_to_the_rules(database: Database) -> None:
     shop = await open_shop(database, decider="llm", settings={"temperature": 0.3})
     async with working(database):

@@ -86,18 +86,24 @@ async def _count(decider: Scripted) -> int:
 
 async def test_a_worker_that_was_frozen_drops_its_answer(database: Database) -> None:
     shop = await open_shop(database)
-    frozen = Thinking(reply="too late")
+    frozen, other = Thinking(reply="too late"), Thinking(reply="in time")
     ids = await shop.write("hi")
-    async with working(database, frozen, lease_seconds=600, concurrency=1):
+    async with working(database, frozen, lease_seconds=600, concurrency=1) as thawed:
         await asyncio.wait_for(frozen.asked.wait(), 10)
         # Its claim ran out while it could not renew.
         await shop.value("UPDATE et_inbound_claims SET expires_at = now() - INTERVAL '1 second'")
-        async with working(database, says("in time"), owner="gw-2", poll_seconds=0.1):
+        async with working(database, other, owner="gw-2", poll_seconds=0.1):
+            await asyncio.wait_for(other.asked.wait(), 10)
+            frozen.released.set()
+
+            async def gave_up() -> bool:
+                return thawed.busy == 0
+
+            await eventually(gave_up)
+            assert await shop.value("SELECT count(*) FROM et_decisions") == 0
+            other.released.set()
             [decision] = await shop.decided(ids)
-        frozen.released.set()
-        await asyncio.sleep(0.3)
     assert [reply["content"] for reply in await shop.replies()] == ["in time"]
-    assert await shop.value("SELECT count(*) FROM et_decisions") == 1
     assert decision["action"] == "auto_reply"
 
 
