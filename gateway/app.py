@@ -117,7 +117,8 @@ class Gateway:
             owner=self.owner,
             poll_seconds=settings.inbound_poll_seconds,
         )
-        journal = await asyncio.to_thread(Journal, settings.spool_dir / "journal.db")
+        spool_dir = writable_directory(settings.spool_dir)
+        journal = await asyncio.to_thread(Journal, spool_dir / "journal.db")
         self._stack.push_async_callback(asyncio.to_thread, journal.close)
         self.spool = WebhookSpool(journal, self.database, self.ingest, kinds, metrics)
         await self._run(self.spool.start, self.spool.stop)

@@ -54,5 +54,5 @@ CREATE INDEX IF NOT EXISTS et_decisions_by_thread ON et_decisions (tenant_id, th
 CREATE INDEX IF NOT EXISTS et_decisions_by_reply ON et_decisions (tenant_id, reply_message_id) WHERE reply_message_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS et_audit_log_by_tenant ON et_audit_log (tenant_id, id);
 CREATE INDEX IF NOT EXISTS et_api_keys_by_tenant ON et_api_keys (tenant_id, id);
-CREATE INDEX IF NOT EXISTS et_api_keys_by_prefix ON et_api_keys (prefix);
+CREATE UNIQUE INDEX IF NOT EXISTS et_api_keys_by_prefix ON et_api_keys (prefix);
 CREATE INDEX IF NOT EXISTS et_events_age ON et_events USING brin (created_at);
