@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from sandbox.whatsapp import bodies, people
+from sandbox.whatsapp import bodies, people, requests
 from sandbox.whatsapp.pairing import PairingRefused
 from sandbox.whatsapp.phone import Phone, Received
 from sandbox.whatsapp.sandbox import WhatsAppSandbox
@@ -21,94 +21,7 @@ _LOOPBACK = "127.0.0.1"
 _LONGEST_POLL = 60.0
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class NewPerson(_Body):
-    number: str
-    name: str = ""
-    auto_receipts: Literal["delivered", "read"] | None = "delivered"
-
-
-class Habits(_Body):
-    auto_receipts: Literal["delivered", "read", "none"] | None = None
-    answers_retries: bool | None = None
-    retry_delay: float | None = None
-
-
-class Scan(_Body):
-    qr: str
-
-
-class Code(_Body):
-    code: str
-
-
-class Send(_Body):
-    to: str | None = None
-    group: str | None = None
-    text: str = ""
-    mode: Literal["lid", "pn", "lid-only"] = "lid"
-    quoted: str | None = None
-    id: str | None = None
-    kind: Literal["image", "video", "audio", "document", "sticker"] | None = None
-    data: str = ""  # base64
-    mimetype: str = "application/octet-stream"
-    filename: str | None = None
-
-
-class Garbage(_Body):
-    to: str
-    text: str = "repaired"
-    repair: Literal["yes", "never", "garbage"] = "yes"
-
-
-class Receipt(_Body):
-    id: str
-    kind: Literal["delivered", "read", "played"] = "read"
-
-
-class Typing(_Body):
-    to: str
-    on: bool = True
-
-
-class ScriptRun(_Body):
-    to: str
-    script: str
-    patience: float = 30.0
-
-
-class NewGroup(_Body):
-    name: str
-    members: list[str]
-
-
-class Act(_Body):
-    do: Literal["drop", "abort", "replace", "remove", "silence", "deafen", "talk", "stream-error", "forget"]
-    code: int = 503
-
-
-class SendFaults(_Body):
-    action: Literal["nack", "swallow_ack", "swallow", "delay_ack"] = "nack"
-    code: int = 463
-    seconds: float = 0
-    times: int | None = None
-    to: str | None = None
-
-
-class LoginFaults(_Body):
-    reason: int = 503
-    seconds: float | None = None
-    attrs: dict[str, str] = {}
-
-
-class Restart(_Body):
-    down_for: float = 0.0
-
-
-_Model = TypeVar("_Model", bound=_Body)
+_Model = TypeVar("_Model", bound=requests.Body)
 
 
 class AdminServer:
@@ -225,12 +138,12 @@ class AdminServer:
         return web.json_response([self._describe(phone) for phone in self._wa.people])
 
     async def _new_person(self, request: web.Request) -> web.Response:
-        body = await _read(request, NewPerson)
+        body = await _read(request, requests.NewPerson)
         phone = self._wa.person(body.number, body.name, auto_receipts=body.auto_receipts)
         return web.json_response(self._describe(phone), status=201)
 
     async def _habits(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, Habits)
+        phone, body = self._person(request), await _read(request, requests.Habits)
         if body.auto_receipts is not None:
             phone.auto_receipts = None if body.auto_receipts == "none" else body.auto_receipts
         if body.answers_retries is not None:
@@ -242,19 +155,19 @@ class AdminServer:
     # --- linking ---
 
     async def _scan(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, Scan)
+        phone, body = self._person(request), await _read(request, requests.Scan)
         device = await phone.scan(body.qr)
         return web.json_response({"device": device.number, "jid": str(device.jid)}, status=201)
 
     async def _code(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, Code)
+        phone, body = self._person(request), await _read(request, requests.Code)
         device = await phone.enter_code(body.code)
         return web.json_response({"device": device.number, "jid": str(device.jid)}, status=201)
 
     # --- talking ---
 
     async def _send(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, Send)
+        phone, body = self._person(request), await _read(request, requests.Send)
         if (body.to is None) == (body.group is None):
             raise web.HTTPUnprocessableEntity(text="name either `to` (a number) or `group` (its id)")
         message = self._body(phone, body)
@@ -270,7 +183,7 @@ class AdminServer:
                 msg_id = await phone.send_message(to, message, mode=body.mode, msg_id=body.id)
         return web.json_response({"id": msg_id}, status=201)
 
-    def _body(self, phone: Phone, body: Send) -> Any:
+    def _body(self, phone: Phone, body: requests.Send) -> Any:
         if body.kind is None:
             if not body.text:
                 raise web.HTTPUnprocessableEntity(text="`text` is empty")
@@ -287,24 +200,24 @@ class AdminServer:
         return phone.media_body(body.kind, data, **fields)
 
     async def _garbage(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, Garbage)
+        phone, body = self._person(request), await _read(request, requests.Garbage)
         msg_id = await phone.send_garbage(self._named(body.to), body.text, repair=body.repair)
         return web.json_response({"id": msg_id}, status=201)
 
     async def _receipt(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, Receipt)
+        phone, body = self._person(request), await _read(request, requests.Receipt)
         send = {"delivered": phone.deliver, "read": phone.read, "played": phone.played}[body.kind]
         await send(body.id)
         return web.json_response({"id": body.id, "kind": body.kind})
 
     async def _typing(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, Typing)
+        phone, body = self._person(request), await _read(request, requests.Typing)
         await phone.typing(self._named(body.to), body.on)
         return web.json_response({"on": body.on})
 
     async def _script(self, request: web.Request) -> web.Response:
         """Plays the whole script before it answers; 409 when an expected answer does not come."""
-        phone, body = self._person(request), await _read(request, ScriptRun)
+        phone, body = self._person(request), await _read(request, requests.ScriptRun)
         played: list[str] = []
         script = people.Script(
             phone,
@@ -347,14 +260,14 @@ class AdminServer:
         return web.json_response([_describe_group(group) for group in self._wa.groups])
 
     async def _new_group(self, request: web.Request) -> web.Response:
-        body = await _read(request, NewGroup)
+        body = await _read(request, requests.NewGroup)
         group = self._wa.group([self._named(number) for number in body.members], body.name)
         return web.json_response(_describe_group(group), status=201)
 
     # --- breaking things, and looking ---
 
     async def _act(self, request: web.Request) -> web.Response:
-        device, body = self._device(request), await _read(request, Act)
+        device, body = self._device(request), await _read(request, requests.Act)
         if body.do in ("drop", "abort"):
             await self._wa.drop(device, abort=body.do == "abort")
         elif body.do in ("replace", "remove"):
@@ -370,7 +283,7 @@ class AdminServer:
         return web.json_response({"done": body.do})
 
     async def _send_faults(self, request: web.Request) -> web.Response:
-        body = await _read(request, SendFaults)
+        body = await _read(request, requests.SendFaults)
         self._wa.fail_sends(
             body.action,
             code=body.code,
@@ -381,7 +294,7 @@ class AdminServer:
         return web.json_response({"faults": "on"})
 
     async def _login_faults(self, request: web.Request) -> web.Response:
-        body = await _read(request, LoginFaults)
+        body = await _read(request, requests.LoginFaults)
         self._wa.refuse_logins(body.reason, seconds=body.seconds, attrs=body.attrs)
         return web.json_response({"faults": "on"})
 
@@ -390,7 +303,7 @@ class AdminServer:
         return web.json_response({"faults": "off"})
 
     async def _restart(self, request: web.Request) -> web.Response:
-        body = await _read(request, Restart)
+        body = await _read(request, requests.Restart)
         await self._wa.restart(min(body.down_for, _LONGEST_POLL))
         return web.json_response({"done": "restart"})
 

@@ -35,9 +35,9 @@ def message(hub: Hub, connection: Connection, account: Account, device: Device, 
     hub.calls.add(Call(node.text("id"), to, device.jid, outcome, repeat, time.time(), time.monotonic()))
     if fault is None or fault.action in (SendAction.SWALLOW_ACK, SendAction.DELAY_ACK):
         if to.server == GROUP_SERVER:
-            _to_group(hub, connection, account, device, node, to)
+            _to_group(hub, account, device, node, to)
         else:
-            _to_person(hub, connection, account, device, node, to)
+            _to_person(hub, account, device, node, to)
     _acknowledge(hub, connection, node, to, fault)
 
 
@@ -71,16 +71,14 @@ def _copies(node: Node, to: JID) -> list[tuple[JID, Node]]:
     return [(jid, enc) for jid, enc in pairs if jid is not None and enc is not None]
 
 
-def _to_person(
-    hub: Hub, connection: Connection, account: Account, device: Device, node: Node, to: JID
-) -> None:
+def _to_person(hub: Hub, account: Account, device: Device, node: Node, to: JID) -> None:
     chat = hub.world.account(to.user)
     for jid, enc in _copies(node, to):
         owner = hub.world.account(jid.user)
         if owner is None:
             continue
         if jid.device == 0:
-            hub.phone_of(owner).take(device, node, enc, chat or owner, connection)
+            hub.phone_of(owner).take(device, node, enc)
         elif jid.device in owner.devices:
             attrs: dict[str, Attribute] = {"from": device.lid, "addressing_mode": "lid"}
             if owner is account:
@@ -90,9 +88,7 @@ def _to_person(
             _relay(hub, account, owner.devices[jid.device], node, attrs, [enc])
 
 
-def _to_group(
-    hub: Hub, connection: Connection, account: Account, device: Device, node: Node, to: JID
-) -> None:
+def _to_group(hub: Hub, account: Account, device: Device, node: Node, to: JID) -> None:
     group = hub.world.groups.get(to.user)
     if group is None:
         return
@@ -105,7 +101,7 @@ def _to_group(
         if member is not account or member.lid in copies or member.phone in copies:
             own = copies.get(member.lid) or copies.get(member.phone)
             if own is not None or (shared is not None and member is not account):
-                hub.phone_of(member).take_group(device, node, own, shared, group, connection)
+                hub.phone_of(member).take_group(device, node, own, shared, group)
         for other in member.devices.values():
             if other is device:
                 continue

@@ -9,75 +9,33 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from sandbox.whatsapp import bodies, ciphers, media
 from sandbox.whatsapp.connection import device_removed
-from sandbox.whatsapp.hub import Event, Hub
-from sandbox.whatsapp.ledger import Ledger
+from sandbox.whatsapp.hub import Hub
+from sandbox.whatsapp.inbox import AutoReceipts, Inbox, ReceiptSeen, Received
 from sandbox.whatsapp.nodes import JID, Attribute, Node
 from sandbox.whatsapp.protos import e2e
-from sandbox.whatsapp.queries import key_nodes
-from sandbox.whatsapp.signal import AlreadyRead, DecryptError, SenderKey
 from sandbox.whatsapp.world import Account, Device, Group, Sent, message_id
-
-if TYPE_CHECKING:
-    from sandbox.whatsapp.connection import Connection
 
 Mode = Literal["lid", "pn", "lid-only"]
 Repair = Literal["yes", "never", "garbage"]
-AutoReceipts = Literal["delivered", "read"] | None
 
 _SENT_KEPT = 20_000  # messages a phone can encrypt anew
-_SEEN_BY_PHONE = ("peer",)  # categories of stanzas that are not for people
 
 
-@dataclass(frozen=True)
-class Received:
-    """One message as a phone got it. `duplicate`: this phone already had that id from that account."""
-
-    id: str
-    text: str
-    message: e2e.Message
-    sender: str  # E.164 of the account that wrote it
-    device: JID  # the linked device that sent it
-    chat: str  # E.164 of the other side, or the group's id
-    from_me: bool  # a copy of what a linked device of this very account sent
-    duplicate: bool
-    at: float
-    monotonic: float
+__all__ = ["AutoReceipts", "Mode", "Phone", "ReceiptSeen", "Received", "Repair"]
 
 
-@dataclass(frozen=True)
-class ReceiptSeen:
-    """One receipt that a linked device sent for a message of this phone; kind as on the wire, else `delivery`."""
-
-    id: str
-    kind: str
-    device: JID
-    at: float
-    monotonic: float
-
-
-class Phone:
+class Phone(Inbox):
     def __init__(self, account: Account, hub: Hub) -> None:
-        self.account = account
-        self.received: Ledger[Received] = Ledger()
-        self.receipts: Ledger[ReceiptSeen] = Ledger()
-        self.typing_seen: Ledger[str] = Ledger()
-        self.undecryptable: Ledger[str] = Ledger()
+        super().__init__(account, hub)
         self.answers_retries = True
         self.retry_delay = 0.0
-        self._hub = hub
-        self._had: set[tuple[str, str]] = set()
 
     def __repr__(self) -> str:
         return f"Phone({self.number}, {self.name!r})"
-
-    @property
-    def number(self) -> str:
-        return self.account.number
 
     @property
     def name(self) -> str:
@@ -91,15 +49,6 @@ class Phone:
     @property
     def devices(self) -> list[Device]:
         return list(self.account.devices.values())
-
-    @property
-    def auto_receipts(self) -> str | None:
-        """What is sent back for every message: `delivered`, `read` (both), or nothing."""
-        return self.account.auto_receipts
-
-    @auto_receipts.setter
-    def auto_receipts(self, value: AutoReceipts) -> None:
-        self.account.auto_receipts = value
 
     # --- linking ---
 
@@ -254,197 +203,7 @@ class Phone:
                 attrs: dict[str, Attribute] = {"from": self.account.lid, "sender_pn": self.account.phone}
                 connection.send(Node("chatstate", attrs, [state]))
 
-    # --- receipts ---
-
-    async def deliver(self, msg_id: str) -> None:
-        """Say that a message arrived here (two grey ticks)."""
-        self._receipt(msg_id, None)
-
-    async def read(self, msg_id: str) -> None:
-        """Say that a message was read (two blue ticks)."""
-        self._receipt(msg_id, "read")
-
-    async def played(self, msg_id: str) -> None:
-        self._receipt(msg_id, "played")
-
-    def _receipt(self, msg_id: str, kind: str | None) -> None:
-        message = next((m for m in reversed(self.received.items) if m.id == msg_id), None)
-        if message is None:
-            raise ValueError(f"{self.number} has not received {msg_id}")
-        author = self._hub.world.account(message.sender.removeprefix("+"))
-        if author is None:
-            return
-        group = self._hub.world.groups.get(message.chat)
-        attrs: dict[str, Attribute] = {"id": msg_id, "t": int(time.time()), "type": kind}
-        if group is None:
-            attrs |= {"from": self.account.lid, "sender_pn": self.account.phone}
-        else:
-            attrs |= {"from": group.jid, "participant": self.account.lid}
-        for device in author.devices.values():
-            self._hub.post.put(device, "receipt", self.account.lid.user, Node("receipt", dict(attrs)))
-
-    # --- reading ---
-
-    async def next_message(self, timeout: float = 10) -> Received:
-        """The next message nobody has asked for yet. Raises TimeoutError."""
-        return await self.received.next(timeout)
-
-    async def wait_for_text(self, part: str, timeout: float = 10) -> Received:
-        """The first message, also an earlier one, with this in its text. Raises TimeoutError."""
-        return await self.received.wait_for(lambda m: part in m.text, timeout=timeout)
-
-    def media_bytes(self, message: e2e.Message) -> bytes:
-        """What a received image, video, … contains, decrypted."""
-        found = bodies.media_of(message)
-        if found is None:
-            raise ValueError("the message carries no media")
-        kind, part = found
-        token = part.directPath.removeprefix("/v/t62/").partition("?")[0]
-        blob = self._hub.media(token)
-        if blob is None:
-            raise ValueError("the media was never uploaded here")
-        return media.decrypt(blob, part.mediaKey, kind)
-
-    def media_body(self, kind: str, data: bytes, **fields: Any) -> e2e.Message:
-        """Encrypt and store media; a body that refers to it."""
-        stored = media.encrypt(data, kind)
-        path = self._hub.store_media(message_id().lower(), stored.blob)
-        return bodies.media(kind, stored, path, len(data), **fields)
-
-    def note(
-        self,
-        msg_id: str,
-        message: e2e.Message,
-        author: Account,
-        device: JID,
-        chat: str,
-    ) -> None:
-        """A message is on this phone's screen."""
-        from_me = author is self.account
-        if message.HasField("deviceSentMessage"):
-            destination = self._hub.world.account(JID.parse(message.deviceSentMessage.destinationJID).user)
-            chat = destination.number if destination else message.deviceSentMessage.destinationJID
-            message = message.deviceSentMessage.message
-        duplicate = (author.lid.user, msg_id) in self._had
-        self._had.add((author.lid.user, msg_id))
-        text = bodies.text_of(message)
-        self.received.add(
-            Received(
-                msg_id,
-                text,
-                message,
-                author.number,
-                device,
-                chat,
-                from_me,
-                duplicate,
-                time.time(),
-                time.monotonic(),
-            )
-        )
-        self._answer(msg_id, author)
-
-    def _answer(self, msg_id: str, author: Account) -> None:
-        if author is self.account or self.auto_receipts is None or not author.devices:
-            return
-        self._receipt(msg_id, None)
-        if self.auto_receipts == "read":
-            self._receipt(msg_id, "read")
-
-    def _note_again(self, msg_id: str, author: Account) -> None:
-        """The same ciphertext once more: a phone shows it once, and says again that it has it."""
-        same = (m for m in self.received if m.id == msg_id and m.sender == author.number)
-        first = next(same, None)
-        if first is not None:
-            self.received.add(replace(first, duplicate=True, at=time.time(), monotonic=time.monotonic()))
-            self._answer(msg_id, author)
-
-    def take(self, device: Device, stanza: Node, enc: Node, chat: Account, connection: Connection) -> None:
-        """A ciphertext for this phone from a linked device, its own account's or another's."""
-        author = self._hub.world.account(device.jid.user)
-        if author is None:
-            return
-        try:
-            message = e2e.Message.FromString(ciphers.decrypt(self.account, device, enc))
-        except AlreadyRead:
-            self._note_again(stanza.text("id"), author)
-            return
-        except DecryptError as error:
-            self._ask_again(device, stanza, enc, connection, str(error))
-            return
-        self._hub.changed()
-        if message.HasField("senderKeyDistributionMessage"):
-            self._learn_key(message, device)
-        if stanza.text("category") not in _SEEN_BY_PHONE:
-            self.note(stanza.text("id"), message, author, device.jid, author.number)
-
-    def take_group(
-        self,
-        device: Device,
-        stanza: Node,
-        own: Node | None,
-        shared: Node | None,
-        group: Group,
-        connection: Connection,
-    ) -> None:
-        """A group message from a linked device: perhaps its sender key, and the ciphertext all members share."""
-        author = self._hub.world.account(device.jid.user)
-        if author is None:
-            return
-        message: e2e.Message | None = None
-        try:
-            if own is not None:
-                message = e2e.Message.FromString(ciphers.decrypt(self.account, device, own))
-                if message.HasField("senderKeyDistributionMessage"):
-                    self._learn_key(message, device)
-            if shared is not None and author is not self.account:
-                plain = ciphers.decrypt_group(self.account, group.id, device, shared)
-                message = e2e.Message.FromString(plain)
-        except AlreadyRead:
-            self._note_again(stanza.text("id"), author)
-            return
-        except DecryptError as error:
-            failed = shared or own or Node("enc")
-            self._ask_again(device, stanza, failed, connection, str(error))
-            return
-        self._hub.changed()
-        if message is not None and author is not self.account:
-            self.note(stanza.text("id"), message, author, device.jid, group.id)
-
-    def _learn_key(self, message: e2e.Message, device: Device) -> None:
-        part = message.senderKeyDistributionMessage
-        group_id = part.groupID.partition("@")[0]
-        key = SenderKey.from_distribution(part.axolotlSenderKeyDistributionMessage)
-        self.account.sender_keys[group_id, device.lid] = key
-
-    def _ask_again(self, device: Device, stanza: Node, enc: Node, connection: Connection, why: str) -> None:
-        """What a phone does with a message it cannot read: a retry receipt, with keys from the second on."""
-        msg_id, count = stanza.text("id"), enc.number("count") + 1
-        self.undecryptable.add(msg_id)
-        self._hub.events.add(Event("undecryptable", f"{msg_id} at {self.number}: {why}", device.jid))
-        bundle = self.account.keys.bundle()
-        retry = Node("retry", {"count": count, "id": msg_id, "t": int(time.time()), "v": "1"})
-        parts = [retry, Node("registration", {}, bundle.registration.to_bytes(4, "big"))]
-        if count > 1:
-            parts.append(Node("keys", {}, key_nodes(bundle)))
-        to = stanza.jid("to")
-        attrs: dict[str, Attribute] = {"id": msg_id, "type": "retry", "t": int(time.time())}
-        if to is not None and to.server == "g.us":
-            attrs |= {"from": to, "participant": self.account.lid}
-        else:
-            attrs["from"] = self.account.lid
-            if self._hub.world.account(device.jid.user) is self.account:
-                attrs["recipient"] = to
-            else:
-                attrs["sender_pn"] = self.account.phone
-        self._hub.post.put(device, "receipt", self.account.lid.user, Node("receipt", attrs, parts))
-
-    def receipt_from(self, device: Device, kind: str, ids: list[str], stanza: Node) -> None:
-        for msg_id in ids:
-            self.receipts.add(ReceiptSeen(msg_id, kind, device.jid, time.time(), time.monotonic()))
-
-    def saw_typing(self, device: Device, state: str) -> None:
-        self.typing_seen.add(state)
+    # --- repairing ---
 
     def answer_retry(self, device: Device, msg_id: str, count: int) -> None:
         """Encrypt a message anew, in a fresh session, for the one device that could not read it."""
@@ -459,6 +218,12 @@ class Phone:
     async def _later(self, device: Device, msg_id: str, count: int) -> None:
         await asyncio.sleep(self.retry_delay)
         self._put(device, msg_id, count)
+
+    def media_body(self, kind: str, data: bytes, **fields: Any) -> e2e.Message:
+        """Encrypt and store media; a body that refers to it."""
+        stored = media.encrypt(data, kind)
+        path = self._hub.store_media(message_id().lower(), stored.blob)
+        return bodies.media(kind, stored, path, len(data), **fields)
 
     # --- stanzas ---
 

@@ -201,6 +201,32 @@ async def test_an_unreadable_message_is_repaired_by_the_senders_phone(linked: Li
     assert ack.how == "receipt"
 
 
+async def test_a_phone_asks_again_for_what_it_cannot_read(linked: Linked) -> None:
+    await linked.client.do("send", to="60111222333", text="readable")
+    await linked.mei.wait_for_text("readable")
+    linked.mei.forget_sessions()
+    await linked.mei.send_text(linked.shop, "a new session for the answer")
+    linked.mei.forget_sessions()
+    sent = await linked.client.do("send", to="60111222333", text="once more please")
+    got = await linked.mei.wait_for_text("once more please")
+    assert (got.id, got.duplicate) == (sent["ID"], False)
+    assert sent["ID"] in linked.mei.undecryptable.items
+    first, *repeats = [c.repeat for c in linked.wa.calls if c.id == sent["ID"]]
+    assert not first
+    assert repeats
+    assert all(repeats)
+
+
+async def test_a_group_member_asks_again_for_the_senders_key(linked: Linked) -> None:
+    group = linked.wa.group([linked.mei, linked.shop], "Two")
+    await linked.client.do("send", to=group.id, server="g.us", text="with the key")
+    await linked.mei.wait_for_text("with the key")
+    linked.mei.forget_sessions()
+    sent = await linked.client.do("send", to=group.id, server="g.us", text="without the key")
+    got = await linked.mei.wait_for_text("without the key")
+    assert (got.id, got.chat) == (sent["ID"], group.id)
+
+
 async def test_an_unreadable_message_may_stay_so(linked: Linked) -> None:
     msg_id = await linked.mei.send_garbage(linked.shop, repair="never")
     await linked.wa.retries.wait_for(lambda retry: retry.id == msg_id)

@@ -186,7 +186,6 @@ async def test_a_pairing_nobody_scans_times_out() -> None:
 @pytest.mark.parametrize(
     ("fault", "event"),
     [
-        ("removed", "LoggedOutEv"),
         ("forgotten", "LoggedOutEv"),
         ("banned", "TemporaryBanEv"),
         ("old", "ClientOutdatedEv"),
@@ -197,9 +196,7 @@ async def test_a_client_learns_why_it_may_not_stay(fault: str, event: str) -> No
     async with WhatsAppSandbox() as wa:
         linked = await link(wa)
         try:
-            if fault == "removed":
-                await wa.kick(linked.device, "removed")
-            elif fault == "forgotten":
+            if fault == "forgotten":
                 wa.forget_device(linked.device)
                 await wa.drop(linked.device)
             else:
