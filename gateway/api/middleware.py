@@ -19,7 +19,7 @@ from core import log as logs
 from core.database_errors import is_unavailable
 from gateway.api.auth import bearer, prefix_of
 from gateway.api.problems import Problem, from_exception
-from gateway.api.routing import REQUEST_ID, SERVICES
+from gateway.api.routing import KEY, REQUEST_ID, SERVICES, TENANT
 from gateway.api.services import Limits
 
 log = logs.get(part="http")
@@ -117,9 +117,9 @@ def _finish(request: web.Request, status: int, seconds: float, error: str | None
         "result": status,
         "duration_ms": round(seconds * 1000, 1),
     }
-    for name in ("tenant_id", "key_id"):
-        if request.get(name) is not None:
-            fields[name] = request[name]
+    for name, value in (("tenant_id", request.get(TENANT)), ("key_id", request.get(KEY))):
+        if value is not None:
+            fields[name] = value
     if error is not None:
         fields["error"] = error
     (log.info if status < 500 else log.warning)("http.request", **fields)

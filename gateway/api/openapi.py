@@ -136,7 +136,7 @@ def _success(status: int, kind: Any, schema: Any) -> dict[str, Any]:
     }
     if isinstance(kind, Raw):
         response["content"] = {
-            media: {"schema": {"type": "string", "description": meaning}}
+            media: {"schema": {"type": "object" if media.endswith("json") else "string", "description": meaning}}
             for media, meaning in kind.content.items()
         }
         if kind.description:

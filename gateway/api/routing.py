@@ -29,7 +29,9 @@ B = TypeVar("B", bound=BaseModel)
 
 SERVICES: web.AppKey[Services] = web.AppKey("services", Services)
 KEYS: web.AppKey[auth.Keys] = web.AppKey("keys", auth.Keys)
-REQUEST_ID = "request_id"
+REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+TENANT: web.RequestKey[int | None] = web.RequestKey("tenant_id")
+KEY: web.RequestKey[int] = web.RequestKey("key_id", int)
 
 Access = Literal["open", "own", "platform", "path", "body", "query", "subject"]
 """Whose tenant a call acts on: nobody's (`open`), the handler finds out (`own`), the platform alone, the path's
@@ -121,7 +123,7 @@ class Call(Generic[Q, B]):
 
     @property
     def request_id(self) -> str:
-        return str(self.request[REQUEST_ID])
+        return self.request[REQUEST_ID]
 
     @property
     def caller(self) -> Principal:
@@ -242,11 +244,11 @@ def endpoint(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespon
         if route.access != "open":
             call.principal = await _authenticate(call)
             if call.principal is not None:
-                request["key_id"] = call.principal.key_id
+                request[KEY] = call.principal.key_id
         call.query = validate_query(route.query, request)
         document = await _document(call)
         await _authorize(call, document)
-        request["tenant_id"] = call.tenant
+        request[TENANT] = call.tenant
         if route.body is not NoBody:
             call.body = validate(route.body, document)
         result = await route.handler(call)

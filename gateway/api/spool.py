@@ -28,7 +28,8 @@ KIND = "webhook"
 BATCH = 50
 POLL_SECONDS = 1.0
 RETRY_SECONDS = 1.0
-SUBMIT_SECONDS = 15.0
+SUBMIT_SECONDS = 5.0
+"""After this long a body is spooled instead: senders do not wait much longer. The rows are idempotent."""
 FAILURE_SECONDS = 60.0
 """How long one failed write keeps `writable` false when nothing has succeeded since."""
 PRUNE_SECONDS = 3600.0

@@ -22,7 +22,7 @@ from gateway.api import auth
 from gateway.api.body import parse, read_bytes, require_json
 from gateway.api.models import NoBody, Query, View
 from gateway.api.problems import Problem, unavailable
-from gateway.api.routing import KEYS, Call, Raw, Routes
+from gateway.api.routing import KEY, KEYS, TENANT, Call, Raw, Routes
 from gateway.api.spool import context_of, convert
 
 routes = Routes("webhook")
@@ -130,7 +130,7 @@ async def receive(call: Call[AnyQuery, NoBody]) -> Received:
     require_json(call.request)
     raw = await read_bytes(call.request)
     known = await _proven(call, tenant_id, session_id, raw)
-    call.request["tenant_id"] = tenant_id
+    call.request[TENANT] = tenant_id
     body = parse(raw, nul="drop")
     converted = convert(call.services.registry, known.context, body)
     errors = [WebhookError(index=index, detail=detail) for index, detail in converted.errors]
@@ -194,7 +194,7 @@ async def _proven(call: Call[Any, Any], tenant_id: int, session_id: int, raw: by
 async def _check_key(call: Call[Any, Any], key: str, tenant_id: int) -> None:
     principal = await call.request.app[KEYS].principal(key, offline=True)
     call.principal = principal
-    call.request["key_id"] = principal.key_id
+    call.request[KEY] = principal.key_id
     if not call.route.scopes & principal.scopes:
         raise await call.deny(403, "missing_scope", "route", call.route.path)
     if not principal.platform and principal.tenant_id != tenant_id:
