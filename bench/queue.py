@@ -33,6 +33,8 @@ class Instant:
         self.seen: list[tuple[int, datetime]] = []
         self.last: dict[str, int] = {}
         self.inversions = 0
+        self._wanted = 0
+        self._done = asyncio.Event()
         self._sendable = {SessionId(s): float("inf") for s in sessions}
 
     def sendable(self) -> dict[SessionId, float]:
@@ -41,12 +43,20 @@ class Instant:
     def owned(self) -> frozenset[SessionId]:
         return frozenset(self._sendable)
 
+    async def all_of(self, items: int) -> None:
+        """Wait until this many have been handed over."""
+        self._wanted = items
+        if len(self.seen) < items:
+            await self._done.wait()
+
     async def send(self, message: OutboundMessage) -> Sent:
         now = datetime.now(UTC)
         number = int(message.attempt.queue_id)
         self.inversions += self.last.get(message.attempt.recipient, 0) > number
         self.last[message.attempt.recipient] = number
         self.seen.append((number, now))
+        if len(self.seen) == self._wanted:
+            self._done.set()
         return Sent(f"B{number:016d}", now)
 
     async def resolve(self, attempt: Attempt) -> Sent | NotSent | Unknown:
@@ -105,16 +115,15 @@ async def run(url: str, items: int, threads: int, sessions: int, rate: int) -> N
                 for n in range(0, items, 10):
                     await asyncio.sleep(max(0.0, began + n / rate - time.monotonic()))
                     group.create_task(put(n, 10))
-        filled = time.monotonic()
-        while len(dispatcher.seen) < items and time.monotonic() < filled + 120:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(120):
+            await dispatcher.all_of(items)
         done = time.monotonic()
         await worker.stop()
         waits = sorted((at - committed[number]).total_seconds() * 1000 for number, at in dispatcher.seen)
         print(
             f"{len(waits)} items, {threads} threads, {sessions} sessions: "
             f"handed over in {done - began:.2f} s = {items / (done - began):,.0f} items/s; "
-            f"inversions {dispatcher.inversions}, second calls {len(waits) - len(set(n for n, _ in dispatcher.seen))}"
+            f"inversions {dispatcher.inversions}, second calls {len(waits) - len({n for n, _ in dispatcher.seen})}"
         )
         if rate:
             at = {p: waits[min(len(waits) - 1, int(len(waits) * p / 100))] for p in (50, 95, 99)}

@@ -35,6 +35,7 @@ __all__ = ["DispatchResult", "OutboundWorker", "Outcome", "Timings"]
 log = logs.get(part="outbound")
 
 ERROR_PAUSE = 0.5
+MOST_PAUSE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,7 @@ class OutboundWorker:
         while not self._stopping:
             self._kick.clear()
             room = self._timings.inflight - len(self._flights) - len(self._marker)
-            found = 0
+            found, began = 0, time.monotonic()
             try:
                 if room > 0:
                     found = len(await self._claim(limit=min(room, self._timings.batch)))
@@ -197,6 +198,9 @@ class OutboundWorker:
                 continue
             if found and found >= min(room, self._timings.batch):
                 continue
+            if found:
+                # Half of the time at most goes into claiming: what comes in meanwhile makes one larger claim.
+                await asyncio.sleep(min(MOST_PAUSE, time.monotonic() - began))
             try:
                 async with asyncio.timeout(self._poll):
                     await self._kick.wait()
@@ -213,6 +217,7 @@ class OutboundWorker:
                 transaction = conn.transaction()
                 await transaction.start()
                 try:
+                    await conn.execute(dispatching.BY_INDEX)
                     rows = await dispatching.claim(conn, self.owner, due, limit=limit, tenant_id=tenant_id)
                     faults.point("outbound.claim.before_commit")
                 except BaseException:

@@ -139,6 +139,7 @@ class Marker:
     async def _commit(self, batch: Sequence[Ended]) -> list[Record]:
         async with self._db.worker() as conn:
             async with conn.transaction():
+                await conn.execute(dispatching.BY_INDEX)
                 rows = await dispatching.mark(conn, [ended.verdict.mark for ended in batch])
                 for row in rows:
                     if row["echo_id"] is not None:

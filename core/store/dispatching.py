@@ -24,6 +24,11 @@ WINDOW = 2000
 """How many due rows of one session a claim looks at before it gives up: bounds what one endless thread can cost."""
 
 
+BY_INDEX = "SET LOCAL enable_seqscan = off"
+"""First in a transaction that claims or marks: a plan that a long-lived connection made while the queue was empty would
+otherwise go on reading the whole table after a campaign of a hundred thousand rows has come in."""
+
+
 @dataclass(frozen=True, slots=True)
 class Due:
     """What may be claimed of one session now. `replies_only`: the channel takes no first contacts at the moment."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -127,6 +128,12 @@ async def test_files_bind_a_session_to_its_folder(database: Database, place: Pla
     await there.stop()
 
 
+def spawn(program: str) -> subprocess.Popen[bytes]:
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment)
+
+
 async def test_a_killed_owner_on_our_folder_is_proven_dead(
     database: Database, place: Place, tmp_path: Path, migrated_url: str
 ) -> None:
@@ -148,10 +155,7 @@ async def main():
 
 asyncio.run(main())
 """
-    root = str(Path(__file__).resolve().parents[2])
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": root}
-    )
+    process = spawn(program)
     try:
         assert process.stdout is not None
         while b"ready" not in (line := process.stdout.readline()):
@@ -236,8 +240,6 @@ async def test_while_the_database_is_away_nothing_is_forgotten_and_the_proof_run
                 await mine.renew()
                 break
             except Exception:
-                import asyncio
-
                 await asyncio.sleep(0.1)
         assert mine.until(session) > clock.now
         await mine.stop()

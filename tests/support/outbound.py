@@ -85,10 +85,10 @@ async def give_lease(db: Database, place: Place, owner: str, *, seconds: float =
 async def enqueue(db: Database, place: Place, text: str, *, to: str = "alice", **more: Any) -> int:
     """One queue item; returns its id. `more` are further arguments of et_enqueue_outbound."""
     names = "".join(f", {name} => ${n}" for n, name in enumerate(more, 5))
+    given = f"tenant_id => $1, channel_session_id => $2, recipient => $3, content => $4{names}"
     queue_id: int = await value(
         db,
-        "SELECT queue_id FROM et_enqueue_outbound(tenant_id => $1, channel_session_id => $2, recipient => $3, "
-        f"content => $4{names})",
+        f"SELECT queue_id FROM et_enqueue_outbound({given})",  # noqa: S608
         place.tenant_id,
         place.session_id,
         to,
