@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import Callable, Sequence
 
 from core.channel import (
@@ -30,6 +32,7 @@ class MemorySink:
         self.pairings: list[PairingUpdate] = []
         self.away = False
         self.refuse: Callable[[InboundMessage], bool] = lambda _message: False
+        self._codes_taken = 0
         self._changed = asyncio.Condition()
 
     async def received(self, messages: Sequence[InboundMessage]) -> list[Stored]:
@@ -103,7 +106,33 @@ class MemorySink:
         return self.states[-1]
 
     async def code(self, timeout: float = 15) -> str:
-        """The next QR or phone code that nobody has used."""
-        await self.wait(lambda: any(u.qr or u.code for u in self.pairings), timeout)
-        last = [u for u in self.pairings if u.qr or u.code][-1]
-        return last.qr or last.code or ""
+        """The next QR or phone code; each is handed out once, an older one that nobody took is passed over."""
+
+        def fresh() -> list[PairingUpdate]:
+            return [update for update in self.pairings[self._codes_taken :] if update.qr or update.code]
+
+        await self.wait(lambda: bool(fresh()), timeout)
+        newest = fresh()[-1]
+        self._codes_taken = len(self.pairings)
+        return newest.qr or newest.code or ""
+
+    def clear(self) -> None:
+        """Forget messages and receipts, for a test that shares the session with others."""
+        self.messages.clear()
+        self.calls.clear()
+        self.updates.clear()
+
+
+async def until(condition: Callable[[], bool], timeout: float = 15) -> None:
+    """Until the condition holds, for what nothing reports."""
+    deadline = time.monotonic() + timeout
+    while True:
+        if condition():
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {timeout:g} s")
+        await asyncio.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    return os.path.exists(f"/proc/{pid}")

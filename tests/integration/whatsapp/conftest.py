@@ -102,6 +102,25 @@ class Session:
 Opener = Callable[..., Session]
 
 
+def make_session(
+    wa: WhatsAppSandbox,
+    folder: Path,
+    number: str = "+60123456789",
+    *,
+    timings: Timings = QUICK,
+    metadata: dict[str, Any] | None = None,
+) -> Session:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    context = SessionContext(
+        TenantId(1), SessionId(7), "whatsapp", "pending:1", None, metadata or {}, {}, folder
+    )
+    sink, metrics = MemorySink(), Metrics()
+    channel = WhatsAppChannel(
+        context, sink, command=tuple(wa.child_command()[0]), metrics=metrics, timings=timings
+    )
+    return Session(wa, channel, sink, context, metrics, wa.phone(number, "Shop"))
+
+
 @pytest_asyncio.fixture
 async def wa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[WhatsAppSandbox]:
     async with WhatsAppSandbox(tmp_path / "sandbox") as sandbox:
@@ -115,24 +134,10 @@ async def session_of(wa: WhatsAppSandbox, tmp_path: Path) -> AsyncIterator[Opene
     """Make sessions; each is disconnected when the test ends."""
     async with AsyncExitStack() as stack:
 
-        def make(
-            number: str = "+60123456789",
-            *,
-            timings: Timings = QUICK,
-            metadata: dict[str, Any] | None = None,
-            folder: Path | None = None,
-        ) -> Session:
-            where = folder or tmp_path / f"session{number}"
-            where.mkdir(mode=0o700, exist_ok=True)
-            context = SessionContext(
-                TenantId(1), SessionId(7), "whatsapp", "pending:1", None, metadata or {}, {}, where
-            )
-            sink, metrics = MemorySink(), Metrics()
-            channel = WhatsAppChannel(
-                context, sink, command=tuple(wa.child_command()[0]), metrics=metrics, timings=timings
-            )
-            stack.push_async_callback(channel.disconnect)
-            return Session(wa, channel, sink, context, metrics, wa.phone(number, "Shop"))
+        def make(number: str = "+60123456789", *, folder: Path | None = None, **options: Any) -> Session:
+            session = make_session(wa, folder or tmp_path / f"session{number}", number, **options)
+            stack.push_async_callback(session.channel.disconnect)
+            return session
 
         yield make
 

@@ -19,19 +19,16 @@ from gateway.whatsapp.folder import FolderLock
 from gateway.whatsapp.protocol import Exit
 from sandbox.whatsapp.phone import Phone
 from tests.integration.whatsapp.conftest import QUICK, Opener, Session
+from tests.support.whatsapp_sink import alive, until
 
 
 async def gone(pid: int, seconds: float = 10) -> None:
-    async with asyncio.timeout(seconds):
-        while os.path.exists(f"/proc/{pid}"):
-            await asyncio.sleep(0.01)
+    await until(lambda: not alive(pid), seconds)
 
 
-async def relinked(session: Session, logins: int, seconds: float = 20) -> None:
+async def relinked(session: Session, logins: int) -> None:
     """Until WhatsApp has seen a further login and it is usable."""
-    async with asyncio.timeout(seconds):
-        while len(session.wa.logins) <= logins or not session.channel._supervisor.link.is_set():
-            await asyncio.sleep(0.02)
+    await until(lambda: len(session.wa.logins) > logins and session.channel._supervisor.link.is_set(), 20)
 
 
 # ---- links and children
@@ -103,17 +100,20 @@ async def test_the_child_dies_with_its_parent(session: Session, tmp_path: Path) 
         time.sleep(600)
         """
     )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", program, *argv, "--folder", str(session.context.folder)],
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        program,
+        *argv,
+        "--folder",
+        str(session.context.folder),
         stdout=subprocess.PIPE,
-        text=True,
     )
     assert parent.stdout is not None
-    pid = int(await asyncio.to_thread(parent.stdout.readline))
-    assert os.path.exists(f"/proc/{pid}")
+    pid = int(await asyncio.wait_for(parent.stdout.readline(), 20))
+    assert alive(pid)
     parent.kill()
-    parent.wait()
-    parent.stdout.close()
+    await parent.wait()
     await gone(pid, 2)
     with FolderLock(session.context.folder):
         pass
@@ -286,9 +286,7 @@ async def test_a_caller_that_gives_up_leaves_the_send_watched(session: Session, 
     send.cancel()
     await asyncio.gather(send, return_exceptions=True)
     assert await session.channel.resolve(message.attempt) == Unknown("still_sending")
-    async with asyncio.timeout(5):
-        while session.channel._inflight:
-            await asyncio.sleep(0.02)
+    await until(lambda: not session.channel._inflight)
     found = await session.channel.resolve(message.attempt)
     assert isinstance(found, Unknown)
     assert found.channel_message_id == mei.received[0].id
@@ -299,4 +297,4 @@ async def test_disconnecting_ends_within_ten_seconds_even_when_the_child_hangs(s
     os.kill(pid, signal.SIGSTOP)
     async with asyncio.timeout(10):
         await session.channel.disconnect()
-    assert not os.path.exists(f"/proc/{pid}")
+    assert not alive(pid)

@@ -12,16 +12,11 @@ from core.journal import Journal
 from gateway.whatsapp.protocol import journal_path
 from sandbox.whatsapp.phone import Phone
 from tests.integration.whatsapp.conftest import Session
+from tests.support.whatsapp_sink import alive, until
 
 
 def kill(session: Session) -> None:
     os.kill(session.pid, signal.SIGKILL)
-
-
-async def ended(session: Session, pid: int) -> None:
-    async with asyncio.timeout(10):
-        while os.path.exists(f"/proc/{pid}"):
-            await asyncio.sleep(0.01)
 
 
 async def restart_with(session: Session, monkeypatch: pytest.MonkeyPatch, faults: str) -> None:
@@ -30,10 +25,8 @@ async def restart_with(session: Session, monkeypatch: pytest.MonkeyPatch, faults
     logins = len(session.wa.logins)
     pid = session.pid
     kill(session)
-    await ended(session, pid)
-    async with asyncio.timeout(15):
-        while len(session.wa.logins) == logins:
-            await asyncio.sleep(0.02)
+    await until(lambda: not alive(pid))
+    await until(lambda: len(session.wa.logins) > logins)
     assert session.device is not None
     await session.wa.wait_online(session.device)
     monkeypatch.delenv("FAULTS", raising=False)
@@ -87,9 +80,7 @@ async def test_a_child_killed_again_and_again_mid_traffic_loses_and_doubles_noth
             if n == 7:
                 kill(session)
         await session.sink.stands("active")
-        async with asyncio.timeout(15):
-            while not session.channel._supervisor.link.is_set():
-                await asyncio.sleep(0.02)
+        await until(session.channel._supervisor.link.is_set)
     await session.sink.all_of(ids)
     stored = [m for m in session.sink.messages.values() if not m.placeholder]
     assert sorted(m.channel_message_id for m in stored) == sorted(ids)

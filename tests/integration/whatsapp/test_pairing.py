@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from datetime import UTC, datetime
 
 import pytest
@@ -14,6 +13,7 @@ from gateway.whatsapp.protocol import store_path
 from sandbox.whatsapp.phone import Phone
 from sandbox.whatsapp.sandbox import WhatsAppSandbox
 from tests.integration.whatsapp.conftest import QUICK, Opener, Session
+from tests.support.whatsapp_sink import alive
 
 
 async def test_a_scan_of_the_qr_makes_the_session_active(session_of: Opener, mei: Phone) -> None:
@@ -61,7 +61,7 @@ async def test_a_code_that_nobody_scans_ends_the_child_and_says_so(session_of: O
     state = await session.sink.stands("disconnected", "qr_timeout")
     assert state.action is not None
     await session.sink.wait(lambda: session.sink.pairings[-1].kind == "timeout")
-    assert not os.path.exists(f"/proc/{pid}")
+    assert not alive(pid)
     # It can be started again.
     await session.channel.pair_qr()
     await session.sink.wait(lambda: session.sink.pairings[-1].kind == "qr")
