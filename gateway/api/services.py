@@ -54,8 +54,8 @@ class Outbound(Worker, Protocol):
 class Limits:
     """Requests per second and burst for one key; a wrong key counts for its address."""
 
-    rate: float = 100.0
-    burst: int = 200
+    rate: float = 1000.0
+    burst: int = 5000
 
 
 @dataclass(frozen=True, slots=True)

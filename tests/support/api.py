@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -99,7 +100,11 @@ class Api:
             sent.setdefault("Content-Type", "application/json")
         async with asyncio.timeout(30):
             async with self.session.request(
-                method, self.url + path, data=raw, headers=sent, allow_redirects=False
+                method,
+                self.url + path,
+                data=None if raw is None else io.BytesIO(raw),
+                headers=sent,
+                allow_redirects=False,
             ) as response:
                 return Answer(response.status, response.headers, await response.read())
 

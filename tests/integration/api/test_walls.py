@@ -167,7 +167,9 @@ async def _populated(api: Api) -> World:
     )
     for table in ("agents", "workspaces"):
         ids[f"{table[:-1]}_id"] = await value(
-            api.db, f"INSERT INTO et_{table} (tenant_id, name) VALUES ($1, 'one') RETURNING id", owner.id
+            api.db,
+            f"INSERT INTO et_{table} (tenant_id, name) VALUES ($1, 'one') RETURNING id",
+            owner.id,  # noqa: S608
         )
     ids["key_id"] = await value(
         api.db,
@@ -268,7 +270,7 @@ async def _snapshot(world: World) -> Any:
     for table in tables:
         rows = await fetch(
             world.api.db,
-            f"SELECT to_jsonb(t) - 'last_used_at' AS row FROM et_{table} t WHERE tenant_id = $1 ORDER BY id",
+            f"SELECT to_jsonb(t) - 'last_used_at' AS row FROM et_{table} t WHERE tenant_id = $1 ORDER BY id",  # noqa: S608
             world.owner.id,
         )
         found[table] = [row["row"] for row in rows]
@@ -279,7 +281,7 @@ async def _snapshot(world: World) -> Any:
     ("method", "path", "body"),
     [
         ("POST", "/send", {"channel_session_id": "session_id", "recipient": "+60111222333", "content": "x"}),
-        ("POST", "/api/v1/messaging/outbound", {"channel_session_id": "session_id", "recipient": "+60111222333", "content": "x"}),
+        ("POST", "/api/v1/messaging/outbound", {"channel_session_id": "session_id", "recipient": "+601112", "content": "x"}),
         ("POST", "/api/v1/workspaces", {"name": "x", "agent_id": "agent_id"}),
     ],
 )  # fmt: skip
