@@ -199,6 +199,20 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
+class LocalFile:
+    """A file of ours on this machine's disk, ready to be read. The path is its content's name and has no extension;
+    `filename` is what a person may see (safe: no folder, no control characters)."""
+
+    path: Path
+    mime_type: str
+    filename: str
+    size: int
+    sha256: str
+    width: int | None = None
+    height: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class OutboundMessage:
     attempt: Attempt
     message_type: MessageType
@@ -210,6 +224,8 @@ class OutboundMessage:
     """True when this person never wrote to this session."""
     automatic: bool = False
     """An agent's reply, not a person's or a backend's."""
+    media: LocalFile | None = None
+    """What `media_url` names, fetched and checked, when there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +324,68 @@ class ReadReceipts(Protocol):
     async def mark_read(
         self, recipient: str, message_ids: Sequence[str], sender: str | None = None
     ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMedia:
+    """A stored message whose media is still on the channel. `media_metadata` and `raw_payload` are what `convert` made;
+    `hints`: what `request_media_retry` learned earlier; `attempt` counts from 1."""
+
+    tenant_id: TenantId
+    session_id: SessionId
+    message_id: MessageId
+    channel: str
+    channel_message_id: str
+    message_type: MessageType
+    direction: Literal["inbound", "outbound"]
+    chat_identifier: str | None
+    sender_identifier: str | None
+    media_metadata: Json
+    raw_payload: Json
+    hints: Json | None = None
+    attempt: int = 1
+
+
+class MediaTarget(Protocol):
+    """Where a download goes: a file that keeps what an attempt before this one got."""
+
+    @property
+    def path(self) -> Path:
+        """The file itself (it exists), for a client that writes files. Do not use `write` as well."""
+        ...
+
+    @property
+    def offset(self) -> int:
+        """Bytes that are there already: go on from here, or `restart`."""
+        ...
+
+    async def write(self, chunk: bytes) -> None:
+        """Add bytes; never blocks the loop. Raises RefusedError (grows too large) and NotSentError (disk full)."""
+        ...
+
+    async def restart(self) -> None:
+        """Forget what is there."""
+        ...
+
+
+@runtime_checkable
+class MediaSource(Protocol):
+    """A channel whose messages carry media that is downloaded after they were stored."""
+
+    async def download(self, message: StoredMedia, target: MediaTarget) -> None:
+        """Bring all of it into `target`, decrypted. Raises NotSentError (try again later), `MediaExpired` (the channel
+        has dropped it), RefusedError (it can never be had); any other exception counts as "try again"."""
+        ...
+
+
+@runtime_checkable
+class MediaRetry(Protocol):
+    """A channel that can ask for dropped media once more (WhatsApp: the sender's or our own phone uploads it again)."""
+
+    async def request_media_retry(self, message: StoredMedia) -> Json | None:
+        """Ask, and wait up to a minute for the answer: what the next `download` needs (it comes back as `hints`), or
+        None when no answer came yet. Raises RefusedError when it is gone for good."""
+        ...
 
 
 class ChannelFactory(Protocol):

@@ -12,6 +12,7 @@ GatewayError                     what a person may see: the text says what to do
     ├── NotSentError             definitely not sent: try again later, costs an attempt
     │   └── ThrottledError       not sent, come back at `retry_after`: costs no attempt
     ├── RefusedError             the channel will never take it
+    ├── MediaExpired             the channel has dropped a message's media; it may be asked for again
     └── UnknownOutcomeError      cut off, nothing proves whether it went out: never sent again by itself
 
 This module only defines types; it never logs and never imports another part.
@@ -112,6 +113,12 @@ class RefusedError(ChannelError):
     """The channel refused for good."""
 
     code = "refused"
+
+
+class MediaExpired(ChannelError):
+    """The channel no longer holds this message's media; a `MediaRetry` may bring it back."""
+
+    code = "media_expired"
 
 
 class UnknownOutcomeError(ChannelError):

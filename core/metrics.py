@@ -118,6 +118,18 @@ class Metrics:
             ["channel"],
             registry=r,
         )
+        self.media = Counter(
+            "gateway_media_downloads",
+            "Downloads of messages' media, by outcome.",
+            ["channel", "outcome"],
+            registry=r,
+        )
+        self.media_waiting = Gauge(
+            "gateway_media_waiting", "Messages of own sessions whose media is not downloaded yet.", registry=r
+        )
+        self.media_fetches = Counter(
+            "gateway_media_fetches", "Files fetched for sending, by outcome.", ["outcome"], registry=r
+        )
         self.loop_lag = Gauge(
             "gateway_event_loop_lag_seconds", "Worst event-loop lag in the last interval.", registry=r
         )
