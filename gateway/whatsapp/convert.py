@@ -18,13 +18,13 @@ from gateway.whatsapp import content, protocol
 from gateway.whatsapp.baileys import convert_baileys
 from gateway.whatsapp.cloud import convert_cloud
 from gateway.whatsapp.people import Party, is_group, is_ignored, own_address, party
-from gateway.whatsapp.values import Json, clean, items, message_id, milliseconds, name_of, obj
+from gateway.whatsapp.values import Json, clean, decimal_of, items, message_id, milliseconds, name_of, obj
 
 __all__ = ["convert_baileys", "convert_cloud", "convert_event", "convert_webhook", "unreadable"]
 
 PhoneOf = Callable[[str], str | None]
 
-_RECEIPTS: dict[object, Literal["delivered", "read"]] = {
+_RECEIPTS: dict[str, Literal["delivered", "read"]] = {
     "DELIVERED": "delivered",
     "READ": "read",
     "PLAYED": "read",
@@ -43,8 +43,8 @@ def convert_event(
 ) -> Converted:
     """One journal entry of the child. `phone_of`: digits of the phone behind a LID, where that is known."""
     data = obj(entry.get("data"))
-    kind, at = entry.get("event"), entry.get("at")
-    arrived = float(at) if isinstance(at, (int, float)) else datetime.now(UTC).timestamp()
+    kind = entry.get("event")
+    arrived = decimal_of(entry.get("at")) or datetime.now(UTC).timestamp()
     look_up = phone_of or (lambda _lid: None)
     if kind == protocol.RECEIPT:
         return _receipt(data, context, look_up)
@@ -108,7 +108,7 @@ def _message(
 
 
 def _receipt(data: Json, context: SessionContext, phone_of: PhoneOf) -> Converted:
-    status = _RECEIPTS.get(data.get("Type"))
+    status = _RECEIPTS.get(str(data.get("Type")))
     source = obj(data.get("MessageSource"))
     ids = tuple(filter(None, (message_id(i) for i in items(data.get("MessageIDs")))))
     chat = _jid(source.get("Chat"))

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from core.channel import PairingUpdate
+from core.errors import Invalid
 from core.identity import phone_e164
 from gateway.whatsapp.timings import Timings
 
@@ -46,4 +47,7 @@ def is_expected(identifier: str, expected: object) -> bool:
     """Whether the number that was paired is the one asked for; anything goes when none was."""
     if not isinstance(expected, str) or not expected.strip():
         return True
-    return phone_e164(expected) == identifier
+    try:
+        return phone_e164(expected) == identifier
+    except Invalid:  # nobody can have been meant
+        return False

@@ -7,7 +7,7 @@ from typing import Any
 
 from core.channel import MessageType, OutboundMessage, Quoted
 from core.errors import ChannelError, Invalid, NotSentError, RefusedError, ThrottledError
-from core.identity import address_of, channel_of
+from core.identity import address_of, channel_of, checked
 from gateway.whatsapp import content
 from gateway.whatsapp.store import Device
 from gateway.whatsapp.values import Json, obj
@@ -24,7 +24,7 @@ def jid_of(recipient: str) -> str:
     try:
         if channel_of(recipient) != "whatsapp":
             raise Invalid("another channel's address")
-        address = address_of(recipient)
+        address = address_of(checked(recipient))
     except Invalid:
         raise RefusedError(
             "The recipient is not a WhatsApp address; write it like +60123456789.", code="invalid_recipient"

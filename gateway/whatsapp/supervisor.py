@@ -274,8 +274,15 @@ class Supervisor:
 
     def _on_line(self, line: dict[str, Any]) -> None:
         handler = getattr(self, f"_on_{line.get('ev')}", None)
-        if handler is not None:
+        if handler is None:
+            return
+        try:
             handler(line)
+        except Exception:
+            # A report we cannot read must not cost the child: it goes on journaling.
+            logger.exception(
+                "child.report_failed", session_id=self._context.session_id, action=line.get("ev")
+            )
 
     def _on_ready(self, _line: dict[str, Any]) -> None:
         self.ready = True

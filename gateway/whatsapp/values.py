@@ -29,6 +29,8 @@ def clean(value: Any, depth: int = 0) -> Any:
         return [] if depth >= _MAX_DEPTH else [clean(item, depth + 1) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str(value)
     if value is None or isinstance(value, (bool, int, float)):
         return value
     return clean_text(str(value))
