@@ -54,7 +54,7 @@ class ManagerTimings:
     ttl: float = 30.0
     renew: float = 10.0
     margin: float = 3.0
-    stop: float = 8.0
+    stop: float = 5.0
     starting: int = 4
     """Channels that are started at the same time."""
     runner: RunnerTimings = field(default_factory=RunnerTimings)
