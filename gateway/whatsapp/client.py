@@ -312,7 +312,9 @@ class Child:
             self.gate.key_distribution(event.Info.ID, senders)
             return
         try:
-            entry = {"event": kind, "at": at, "data": _lean(MessageToDict(event))}
+            if kind == MESSAGE and event.Raw == event.Message:
+                event.ClearField("Raw")  # the message before unwrapping: mostly the same again
+            entry = {"event": kind, "at": at, "data": MessageToDict(event)}
             if kind == MESSAGE and _is_empty(event.Message):
                 entry["raw"] = b64encode(raw).decode()
             payload = orjson.dumps(entry)
@@ -442,13 +444,6 @@ def _only_key_distribution(message: Any) -> bool:
         "senderKeyDistributionMessage",
         "messageContextInfo",
     }
-
-
-def _lean(data: dict[str, Any]) -> dict[str, Any]:
-    """`Raw` is the message before unwrapping: mostly the same again."""
-    if data.get("Raw") == data.get("Message"):
-        data.pop("Raw", None)
-    return data
 
 
 def _is_empty(message: Any) -> bool:

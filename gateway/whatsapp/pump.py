@@ -26,6 +26,8 @@ from gateway.whatsapp.intents import Intent
 from gateway.whatsapp.timings import Timings
 
 BATCH = 100
+MEASURE_SECONDS = 1.0
+"""Between two looks at how much waits."""
 _LIDS_KEPT = 10_000
 
 logger = log.get(part="whatsapp")
@@ -51,6 +53,9 @@ class Pump:
         self._lids: dict[str, str] = {}
         self._after = 0
         self._look_back_at = 0.0
+        self._kept = False
+        self._done: list[int] = []
+        self._measured_at = 0.0
         self._pruned_at = time.monotonic()
         self.idle = asyncio.Event()
         """Set while the journal holds nothing that is not stored."""
@@ -86,12 +91,14 @@ class Pump:
             async with asyncio.timeout(self._timings.poll):
                 await self._hint.wait()
         except TimeoutError:
-            if self._after and time.monotonic() >= self._look_back_at:
-                self._after = 0  # an entry that was left behind gets another look now and then
+            # Look at the whole journal again now and then: an operator may have asked for a replay, and what the
+            # database refused gets another try.
+            if not self._kept or time.monotonic() >= self._look_back_at:
+                self._kept, self._after = False, 0
 
     async def _step(self) -> bool:
         """One batch; False when there is none."""
-        entries = await asyncio.to_thread(self._journal.pending, self._after, BATCH)
+        entries = await asyncio.to_thread(self._release_and_read)
         if not entries:
             return False
         messages: list[tuple[Entry, InboundMessage]] = []
@@ -101,17 +108,25 @@ class Pump:
             messages += [(entry, message) for message in found]
             updates += [(entry, update) for update in receipts]
         kept = await self._store(messages) | await self._apply(updates)
-        faults.point("whatsapp.release.before")
-        await asyncio.to_thread(
-            self._journal.release, [entry.number for entry in entries if entry.number not in kept]
-        )
-        if kept:  # pass by what cannot be stored now; everything behind it goes on
-            self._after = entries[-1].number
+        self._done = [entry.number for entry in entries if entry.number not in kept]
+        self._after = max(self._after, entries[-1].number)
+        if kept:
             self._look_back_at = time.monotonic() + self._timings.look_back
-        self._metrics.journal_depth.labels(f"session-{self._context.session_id}").set(
-            await asyncio.to_thread(self._journal.depth)
-        )
+            self._kept = True
         return True
+
+    def _release_and_read(self) -> list[Entry]:
+        """Let go of the batch that was committed, and read the next one: one trip to the disk for both. Blocking."""
+        if self._done:
+            faults.point("whatsapp.release.before")
+            self._journal.release(self._done)
+            self._done = []
+        now = time.monotonic()
+        if now >= self._measured_at + MEASURE_SECONDS:
+            self._measured_at = now
+            depth = self._journal.depth()
+            self._metrics.journal_depth.labels(f"session-{self._context.session_id}").set(depth)
+        return self._journal.pending(self._after, BATCH)
 
     async def _convert(self, entry: Entry) -> tuple[Sequence[InboundMessage], Sequence[StatusUpdate]]:
         try:
