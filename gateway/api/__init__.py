@@ -3,7 +3,8 @@ except through what a live session offers, and never speaks SQL itself (that sta
 
 from gateway.api.app import all_routes, make_app
 from gateway.api.auth import ensure_platform_key
+from gateway.api.server import Runner
 from gateway.api.services import Limits, Services
 from gateway.api.spool import WebhookSpool
 
-__all__ = ["Limits", "Services", "WebhookSpool", "all_routes", "ensure_platform_key", "make_app"]
+__all__ = ["Limits", "Runner", "Services", "WebhookSpool", "all_routes", "ensure_platform_key", "make_app"]

@@ -7,6 +7,7 @@ import time
 
 from aiohttp import web
 
+from core.database import is_unavailable
 from core.store.events import Position
 from gateway.api import auth
 from gateway.api.feed import FEED, Client, Feed, decode, encode
@@ -19,6 +20,7 @@ from gateway.api.sse import HEARTBEAT_SECONDS, Stream
 routes = Routes("events")
 
 KEY_CHECK_SECONDS = 2.0
+AWAY_SECONDS = 1.0
 
 _STREAM = Raw(
     {
@@ -76,7 +78,14 @@ async def _pump(
             client.buffer.clear()
             more = True
             while more and not feed.closing.is_set():
-                found, more = await feed.backlog(client.tenant_id, last)
+                try:
+                    found, more = await feed.backlog(client.tenant_id, last)
+                except Exception as error:
+                    if not is_unavailable(error):
+                        raise
+                    client.behind = True  # the database is away: go on from here when it is back
+                    await asyncio.sleep(AWAY_SECONDS)
+                    break
                 for event in found:
                     await stream.send(event.kind, event.data, event_id=event.id)
                     last = event.position

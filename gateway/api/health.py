@@ -62,6 +62,8 @@ class Overview:
         self._at = 0.0
         self.reachable = True
         self.rows: list[Record] = []
+        self.orphans: dict[tuple[str, str, str], int] = {}
+        """Wanted and run by nobody, as `/metrics` last said."""
 
     async def look(self) -> None:
         if time.monotonic() - self._at < FRESH_SECONDS:

@@ -1,4 +1,4 @@
-"""`GET /metrics`: Prometheus text. Counters live in the process; the session gauges are brought up to date when asked."""
+"""`GET /metrics`: Prometheus text. Counters live in the process; gauges nobody keeps are brought up to date when asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import ipaddress
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from core.channel import SessionId
 from gateway.api import auth
 from gateway.api.health import OVERVIEW
 from gateway.api.models import NoBody, NoQuery
@@ -58,24 +57,24 @@ def _loopback(remote: str | None) -> bool:
 
 
 async def _refresh(call: Call[NoQuery, NoBody]) -> None:
-    """From the database, at most once a second; while it is away the last values stay."""
+    """What no part keeps by itself: the spool's depth, and sessions that are wanted and that nobody runs.
+
+    From the database at most once a second; while it is away the last values stay.
+    """
     view = call.request.app[OVERVIEW]
     await view.look()
     gauges = call.services.metrics
-    manager = call.services.sessions
-    owned = manager.owned() if manager is not None else None
-    active: dict[str, int] = {}
-    gauges.session_up.clear()
-    for row in view.rows:
-        tenant = str(row["tenant_id"])
-        up = row["status"] == "active"
-        if row["wanted"] == "connected":
-            gauges.session_up.labels(tenant, str(row["session_id"]), row["channel_type"]).set(up)
-        # Each gateway counts its own, so that the sum over all of them is right.
-        mine = owned is None or SessionId(row["session_id"]) in owned
-        if row["channel_type"] == "whatsapp" and mine:
-            active[tenant] = active.get(tenant, 0) + up
-    gauges.sessions_active.clear()
-    for tenant, count in active.items():
-        gauges.sessions_active.labels(tenant).set(count)
     gauges.journal_depth.labels("spool").set(call.services.spool.depth)
+    manager = call.services.sessions
+    owned = manager.owned() if manager is not None else frozenset()
+    orphans = {
+        (str(row["tenant_id"]), str(row["session_id"]), str(row["channel_type"])): row["session_id"]
+        for row in view.rows
+        if row["wanted"] == "connected" and row["owner"] is None and row["session_id"] not in owned
+    }
+    for labels in orphans:
+        gauges.session_up.labels(*labels).set(0)
+    for labels, session_id in view.orphans.items() - orphans.items():
+        if session_id not in owned:  # another gateway has it now, and tells
+            gauges.session_up.remove(*labels)
+    view.orphans = orphans

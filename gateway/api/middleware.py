@@ -19,7 +19,7 @@ from core import log as logs
 from core.database_errors import is_unavailable
 from gateway.api.auth import bearer, prefix_of
 from gateway.api.problems import Problem, from_exception
-from gateway.api.routing import KEY, REQUEST_ID, SERVICES, TENANT
+from gateway.api.routing import KEY, REQUEST_ID, SERVICES, STARTED, TENANT
 from gateway.api.services import Limits
 
 log = logs.get(part="http")
@@ -77,6 +77,9 @@ def edge(limits: Limits) -> Middleware:
                 problem = from_exception(cause) or _bug(cause)
                 if is_unavailable(cause) or problem.status == 500:
                     error = repr(cause)[:300]
+                if request.get(STARTED):
+                    # A stream that breaks is cut off: a second answer inside it would be read as part of it.
+                    raise ConnectionResetError("the answer had begun") from cause
                 status = problem.status
                 return problem.response(request_id)
             finally:
@@ -127,6 +130,7 @@ def _finish(request: web.Request, status: int, seconds: float, error: str | None
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """For every response, streams too: headers that must stand before the first byte."""
+    request[STARTED] = True
     headers = response.headers
     headers["X-Request-ID"] = request.get(REQUEST_ID) or uuid.uuid4().hex
     headers.setdefault("X-Content-Type-Options", "nosniff")

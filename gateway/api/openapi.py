@@ -15,6 +15,13 @@ from gateway.api.problems import CONTENT_TYPE, TITLES, ProblemBody
 from gateway.api.routing import Raw, Route
 
 VERSION = "0.1.0"
+_RAW_SCHEMAS: dict[str, Any] = {
+    "multipart/form-data": {
+        "type": "object",
+        "properties": {"file": {"type": "string", "contentMediaType": "application/octet-stream"}},
+        "required": ["file"],
+    },
+}
 _PARAMETER = re.compile(r"\{(\w+)\}")
 _REF = "#/components/schemas/{model}"
 
@@ -102,7 +109,7 @@ def _operation(route: Route, *, body: Any, returns: dict[int, Any], problem: Any
         operation["requestBody"] = {
             "required": True,
             "description": route.raw_body,
-            "content": {"application/json": {"schema": {}}},
+            "content": {kind: {"schema": _RAW_SCHEMAS.get(kind, {})} for kind in route.raw_types},
         }
     operation["security"] = _security(route)
     for status, kind in sorted(route.returns.items()):
@@ -136,7 +143,9 @@ def _success(status: int, kind: Any, schema: Any) -> dict[str, Any]:
     }
     if isinstance(kind, Raw):
         response["content"] = {
-            media: {"schema": {"type": "object" if media.endswith("json") else "string", "description": meaning}}
+            media: {
+                "schema": {"type": "object" if media.endswith("json") else "string", "description": meaning}
+            }
             for media, meaning in kind.content.items()
         }
         if kind.description:

@@ -5,7 +5,6 @@ Everything goes through rows: the gateway that runs the session shows its codes 
 
 from __future__ import annotations
 
-import asyncio
 import io
 import time
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from aiohttp import web
 from pydantic import Field
 
 from core.channel import SessionStatus
-from core.database import Subscription
+from core.database import Subscription, is_unavailable
 from core.errors import Invalid, NotFound
 from core.identity import phone_e164
 from core.store import sessions as store
@@ -255,27 +254,31 @@ async def _stream(call: Call[NoQuery, NoBody], watch: Watch) -> web.StreamRespon
     shown: str | None = None
     deadline = time.monotonic() + STREAM_SECONDS
     beat = time.monotonic() + HEARTBEAT_SECONDS
-    try:
-        while not closing.is_set():
+    while not closing.is_set():
+        try:
             session = await watch.look()
             end = await _end_of(watch, session)
-            if end is not None:
-                await stream.send(*end)
-                break
-            assert session is not None
-            if session.qr is not None and session.qr != shown and _fresh(session):
-                shown = session.qr
-                await stream.send("qr", _json(session).model_dump(mode="json"))
-            now = time.monotonic()
-            if now > deadline:
-                await stream.send("timeout", {"reason": "stream_timeout", "session_id": watch.session_id})
-                break
-            if now > beat:
-                beat = now + HEARTBEAT_SECONDS
-                await stream.heartbeat()
-            await watch.wait(POLL_SECONDS)
-    except (ConnectionResetError, asyncio.CancelledError):
-        raise
+        except Exception as error:
+            if not is_unavailable(error):
+                raise
+            await watch.wait(POLL_SECONDS)  # the database is away: the code on the screen may still work
+            await stream.heartbeat()
+            continue
+        if end is not None:
+            await stream.send(*end)
+            break
+        assert session is not None
+        if session.qr is not None and session.qr != shown and _fresh(session):
+            shown = session.qr
+            await stream.send("qr", _json(session).model_dump(mode="json"))
+        now = time.monotonic()
+        if now > deadline:
+            await stream.send("timeout", {"reason": "stream_timeout", "session_id": watch.session_id})
+            break
+        if now > beat:
+            beat = now + HEARTBEAT_SECONDS
+            await stream.heartbeat()
+        await watch.wait(POLL_SECONDS)
     return stream.response
 
 

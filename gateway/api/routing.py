@@ -31,6 +31,8 @@ SERVICES: web.AppKey[Services] = web.AppKey("services", Services)
 KEYS: web.AppKey[auth.Keys] = web.AppKey("keys", auth.Keys)
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 TENANT: web.RequestKey[int | None] = web.RequestKey("tenant_id")
+STARTED: web.RequestKey[bool] = web.RequestKey("started", bool)
+"""The answer has begun to go out: another one cannot be given any more."""
 KEY: web.RequestKey[int] = web.RequestKey("key_id", int)
 
 Access = Literal["open", "own", "platform", "path", "body", "query", "subject"]
@@ -77,6 +79,8 @@ class Route:
     """A platform key that names no tenant acts on the platform itself."""
     headers: tuple[tuple[str, str], ...] = ()
     """Request headers that matter, for the document: name and meaning."""
+    raw_types: tuple[str, ...] = ("application/json",)
+    """Content types of `raw_body`."""
 
     @cached_property
     def summary(self) -> str:
@@ -207,6 +211,7 @@ class Routes:
         while_suspended: bool = False,
         tenant_optional: bool = False,
         headers: tuple[tuple[str, str], ...] = (),
+        raw_types: tuple[str, ...] = ("application/json",),
     ) -> Callable[[Handler], Handler]:
         """The models of query and body are read from the handler's own annotation: `call: Call[Query, Body]`."""
 
@@ -229,6 +234,7 @@ class Routes:
                     while_suspended,
                     tenant_optional,
                     headers,
+                    raw_types,
                 )
             )
             return handler

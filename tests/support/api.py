@@ -6,16 +6,16 @@ import asyncio
 import dataclasses
 import io
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-from aiohttp.test_utils import TestServer
+from aiohttp import web
 
-from core.channel import ChannelKind, SessionId
+from core.channel import SessionId
 from core.database import Database
 from core.ingest import Ingest
 from core.journal import Journal
@@ -24,8 +24,9 @@ from core.outbound import OutboundWorker
 from core.secrets import KeyRing
 from core.settings import Settings
 from core.store import keys as key_store
-from gateway.api import Limits, Services, WebhookSpool, make_app
+from gateway.api import Limits, Runner, Services, WebhookSpool, make_app
 from gateway.api.auth import SCOPES, new_key
+from gateway.sessions import SessionManager
 from gateway.whatsapp.convert import convert_webhook
 from tests.support.fake_channel import FakeDispatcher, FakePlatform
 from tests.support.outbound import QUICK, Place, give_lease, make_place, value
@@ -204,21 +205,26 @@ async def running_api(
     *,
     settings: Settings | None = None,
     limits: Limits | None = None,
-    wrap_registry: Callable[[dict[str, ChannelKind]], dict[str, ChannelKind]] | None = None,
+    real_sessions: bool = False,
 ) -> AsyncIterator[Api]:
     metrics = Metrics()
     platform = FakePlatform()
     dispatcher = FakeDispatcher(platform, [])
     manager = Owned()
     registry = {"whatsapp": dataclasses.replace(platform.kind("whatsapp"), webhook=convert_webhook)}
-    if wrap_registry is not None:
-        registry = wrap_registry(registry)
     settings = settings or Settings(data_dir=folder)
     async with AsyncExitStack() as stack:
         ingest = Ingest(db, metrics)
         await ingest.start()
         stack.push_async_callback(ingest.stop)
-        outbound = OutboundWorker(db, metrics, dispatcher, owner=OWNER, timings=QUICK)
+        keys = KeyRing.from_file(folder / "secret.keys")
+        sessions = SessionManager(db, ingest, metrics, registry, settings, owner=OWNER, keys=keys)
+        if real_sessions:
+            await sessions.start()
+            stack.push_async_callback(sessions.stop)
+        outbound = OutboundWorker(
+            db, metrics, sessions if real_sessions else dispatcher, owner=OWNER, timings=QUICK
+        )
         await outbound.start()
         stack.push_async_callback(outbound.stop)
         journal = Journal(folder / "spool.db")
@@ -232,17 +238,17 @@ async def running_api(
             spool=spool,
             metrics=metrics,
             settings=settings,
-            keys=KeyRing.from_file(folder / "secret.keys"),
+            keys=keys,
             registry=registry,
-            sessions=manager,
+            sessions=sessions if real_sessions else manager,
             outbound=outbound,
             limits=limits or Limits(rate=10_000, burst=10_000),
             owner=OWNER,
         )
-        server = TestServer(make_app(services))
-        await server.start_server(access_log=None, shutdown_timeout=3)
-        stack.push_async_callback(server.close)
+        runner = Runner(make_app(services), access_log=None, shutdown_timeout=3)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         client = await stack.enter_async_context(aiohttp.ClientSession())
-        yield Api(
-            str(server.make_url("")).rstrip("/"), client, db, services, platform, dispatcher, manager, journal
-        )
+        yield Api(url, client, db, services, platform, dispatcher, manager, journal)

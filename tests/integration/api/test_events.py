@@ -8,14 +8,18 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
 
+from core.database import Database
 from gateway.api import feed
-from tests.support.api import Api, Tenant
+from tests.conftest import migrate_blocking
+from tests.support.api import Api, Tenant, running_api
 from tests.support.outbound import eventually, value
+from tests.support.postgres import PostgresServer
 
 
 @dataclass
@@ -196,8 +200,6 @@ async def test_a_revoked_key_ends_the_stream(api: Api, shop: Tenant, monkeypatch
 
 
 async def test_streams_do_not_hold_up_the_shutdown(api: Api, shop: Tenant, tmp_path: Any) -> None:
-    from tests.support.api import running_api
-
     folder = tmp_path / "second"
     folder.mkdir()
     async with running_api(api.db, folder) as second:
@@ -223,3 +225,22 @@ async def test_old_events_are_pruned(api: Api, shop: Tenant) -> None:
         )
         assert await events.prune(conn) == 1
     assert await value(api.db, "SELECT count(*) FROM et_events WHERE ref_id = 1 AND kind = 'message'") == 0
+
+
+async def test_a_stream_outlives_a_database_outage(private_postgres: PostgresServer, tmp_path: Path) -> None:
+    url = private_postgres.create_database()
+    await asyncio.to_thread(migrate_blocking, url)
+    database = await Database.open(url)
+    try:
+        async with running_api(database, tmp_path) as api:
+            shop = await api.tenant()
+            async with reading(api, shop.key) as reader:
+                await shop.receive("before", message_id="O1")
+                await _got(reader, "message", 1)
+                await asyncio.to_thread(private_postgres.kill)
+                assert (await shop.receive("during", message_id="O2")).json["spooled"] == 1
+                await asyncio.to_thread(private_postgres.restart)
+                await _got(reader, "message", 2)
+                assert not reader.ended
+    finally:
+        await database.close()

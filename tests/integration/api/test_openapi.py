@@ -106,9 +106,9 @@ def _try(
         suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy(generation_mode=mode))
-    def run(case: schemathesis.Case) -> None:
+    def run(case: Any) -> None:
         response = case.call(headers={"Authorization": f"Bearer {key}"}, timeout=20)
-        if response.status_code == 400 and "Got more than" in response.text:
+        if response.status_code == 400 and "broken_request" in response.text:
             return  # a request line over 8 KiB never gets as far as a route
         try:
             case.validate_response(response, checks=checked)

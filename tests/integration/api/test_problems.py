@@ -16,23 +16,23 @@ from tests.support.postgres import PostgresServer
 PROBLEM = {"type", "title", "status", "detail", "code", "request_id"}
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status", "code"),
-    [
+ERRORS: list[tuple[str, str, int, str]] = [
         ("GET", "/nowhere", 404, "no_such_route"),
         ("GET", "/api/v1/messaging/import", 404, "no_such_route"),
         ("PUT", "/send", 405, "method_not_allowed"),
         ("DELETE", "/health", 405, "method_not_allowed"),
         ("GET", "/api/v1/messaging/leads", 401, "unauthenticated"),
-    ],
-)
-async def test_errors_are_problems(api: Api, method: str, path: str, status: int, code: str) -> None:
-    answer = await api.call(method, path)
-    assert (answer.status, answer.code) == (status, code)
-    assert answer.headers["Content-Type"].startswith("application/problem+json")
-    assert set(answer.json) >= PROBLEM
-    assert answer.json["request_id"] == answer.headers["X-Request-ID"]
-    assert answer.json["status"] == status
+    ]  # fmt: skip
+
+
+async def test_errors_are_problems(api: Api) -> None:
+    for method, path, status, code in ERRORS:
+        answer = await api.call(method, path)
+        assert (answer.status, answer.code) == (status, code)
+        assert answer.headers["Content-Type"].startswith("application/problem+json")
+        assert set(answer.json) >= PROBLEM
+        assert answer.json["request_id"] == answer.headers["X-Request-ID"]
+        assert answer.json["status"] == status
 
 
 async def test_a_sane_request_id_is_kept_and_any_other_replaced(api: Api) -> None:
@@ -42,9 +42,7 @@ async def test_a_sane_request_id_is_kept_and_any_other_replaced(api: Api) -> Non
     assert len(replaced.headers["X-Request-ID"]) == 32
 
 
-@pytest.mark.parametrize(
-    ("raw", "status", "code"),
-    [
+BODIES: list[tuple[bytes, int, str]] = [
         (b"", 422, "invalid"),
         (b"{", 422, "malformed_json"),
         (b"[]", 422, "invalid"),
@@ -60,13 +58,14 @@ async def test_a_sane_request_id_is_kept_and_any_other_replaced(api: Api) -> Non
         (b'{"tenant_id": 1e400}', 422, "malformed_json"),
         (b'{"tenant_id": true}', 422, "invalid"),
         (b'{"content": "' + b"x" * (1024 * 1024) + b'"}', 413, "too_large"),
-    ],
-    ids=lambda value: repr(value)[:40],
-)
-async def test_no_body_makes_a_500(api: Api, shop: Tenant, raw: bytes, status: int, code: str) -> None:
-    for path in ("/send", "/api/v1/messaging/outbound", f"/sessions/{shop.id}", "/api/v1/agents"):
-        answer = await api.call("POST", path, key=shop.key, raw=raw)
-        assert (answer.status, answer.code) == (status, code), (path, answer.body)
+    ]  # fmt: skip
+
+
+async def test_no_body_makes_a_500(api: Api, shop: Tenant) -> None:
+    for raw, status, code in BODIES:
+        for path in ("/send", "/api/v1/messaging/outbound", f"/sessions/{shop.id}", "/api/v1/agents"):
+            answer = await api.call("POST", path, key=shop.key, raw=raw)
+            assert (answer.status, answer.code) == (status, code), (path, answer.body)
 
 
 async def test_a_small_zip_of_a_big_body_is_413(api: Api, shop: Tenant) -> None:
@@ -79,42 +78,47 @@ async def test_a_small_zip_of_a_big_body_is_413(api: Api, shop: Tenant) -> None:
     assert broken.status in (400, 422)
 
 
-@pytest.mark.parametrize(
-    "kind", ["text/plain", "application/x-www-form-urlencoded", "application/json; charset=utf-16"]
-)
-async def test_another_content_type_is_415(api: Api, shop: Tenant, kind: str) -> None:
-    answer = await api.call("POST", "/send", key=shop.key, raw=b"{}", headers={"Content-Type": kind})
-    assert (answer.status, answer.code) == (415, "wrong_content_type")
+CONTENT_TYPES = ("text/plain", "application/x-www-form-urlencoded", "application/json; charset=utf-16")
 
 
-@pytest.mark.parametrize(
-    "query",
-    [
+async def test_another_content_type_is_415(api: Api, shop: Tenant) -> None:
+    for kind in CONTENT_TYPES:
+        answer = await api.call("POST", "/send", key=shop.key, raw=b"{}", headers={"Content-Type": kind})
+        assert (answer.status, answer.code) == (415, "wrong_content_type")
+
+
+QUERIES: list[str] = [
         "limit=0", "limit=-1", "limit=201", "limit=x", "limit=", "limit=99999999999999999999", "cursor=x", "cursor=",
         "cursor=W10", "cursor=WzFd", "cursor=WyJhIiwxXQ", "cursor=%00", "cursor=%ff", "cursor=%ed%a0%80", "colour=red",
         "limit=1&limit=2", "%00=1", "cursor=WyIwMDAxLTAxLTAxVDAwOjAwOjAwKzE0OjAwIiwxXQ",
         "cursor=WyIyMDI1LTAxLTAxVDAwOjAwOjAwKzAwOjAwIiw5OTk5OTk5OTk5OTk5OTk5OTk5OTldXQ",
-    ],
-)  # fmt: skip
-async def test_a_wrong_query_is_422_with_the_parameter_named(api: Api, shop: Tenant, query: str) -> None:
-    answer = await api.get(f"/api/v1/messaging/threads?{query}", shop.key)
-    assert answer.status == 422, answer.body
-    assert answer.json["errors"][0]["field"]
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "x", "9223372036854775808", "1e3", "%00", "%ff", "1%2f2", "١"])
-async def test_an_id_that_can_be_none_is_404(api: Api, shop: Tenant, text: str) -> None:
-    for path in (f"/api/v1/messaging/leads/{text}", f"/sessions/{shop.id}/{text}", f"/sessions/{text}"):
-        answer = await api.get(path, shop.key)
-        assert answer.status == 404, (path, answer.body)
+async def test_a_wrong_query_is_422_with_the_parameter_named(api: Api, shop: Tenant) -> None:
+    for query in QUERIES:
+        answer = await api.get(f"/api/v1/messaging/threads?{query}", shop.key)
+        assert answer.status == 422, answer.body
+        assert answer.json["errors"][0]["field"]
 
 
-@pytest.mark.parametrize(
-    "key", ["", "x", "cg_", "ü" * 20, "cg_0000000000_" + "A" * 43, "A" * 8000 if False else "A" * 600]
-)
-async def test_a_strange_key_is_401(api: Api, key: str) -> None:
-    headers = {"Authorization": f"Bearer {key}"}
-    assert (await api.get("/api/v1/messaging/leads", headers=headers)).status == 401
+NO_IDS: list[str] = ["0", "-1", "x", "9223372036854775808", "1e3", "%00", "%ff", "1%2f2", "١"]  # fmt: skip
+
+
+async def test_an_id_that_can_be_none_is_404(api: Api, shop: Tenant) -> None:
+    for text in NO_IDS:
+        for path in (f"/api/v1/messaging/leads/{text}", f"/sessions/{shop.id}/{text}", f"/sessions/{text}"):
+            answer = await api.get(path, shop.key)
+            assert answer.status == 404, (path, answer.body)
+
+
+STRANGE_KEYS: list[str] = ["", "x", "cg_", "ü" * 20, "cg_0000000000_" + "A" * 43, "A" * 600]  # fmt: skip
+
+
+async def test_a_strange_key_is_401(api: Api) -> None:
+    for key in STRANGE_KEYS:
+        headers = {"Authorization": f"Bearer {key}"}
+        assert (await api.get("/api/v1/messaging/leads", headers=headers)).status == 401
 
 
 async def test_search_text_is_no_pattern(api: Api, shop: Tenant) -> None:
@@ -171,3 +175,26 @@ async def test_without_the_database_it_is_503_with_retry_after(
             assert metrics.status == 200
     finally:
         await database.close()
+
+
+BROKEN: list[bytes] = [
+        b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 9000 + b"\r\n\r\n",
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n",
+    ]  # fmt: skip
+
+
+async def test_a_request_too_broken_for_any_route_is_a_problem_too(api: Api) -> None:
+    for raw in BROKEN:
+        host, port = api.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(raw)
+        answer = await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith((b"HTTP/1.1 400", b"HTTP/1.0 400"))
+        assert b"X-Request-ID: " in head
+        assert b"application/problem+json" in head
+        assert b"broken_request" in body
+        assert (await api.get("/health")).status == 200

@@ -7,14 +7,15 @@ import io
 import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import aiohttp
-import pytest
 
 from core.channel import SessionState, SessionStatus
+from core.database import Database
 from core.store import sessions as store
-from tests.support.api import Api, Tenant
+from tests.support.api import Api, Tenant, running_api
 from tests.support.outbound import eventually, fetch, value
 
 QR = "2@abc,def,ghi,jkl"
@@ -80,21 +81,19 @@ async def test_a_session_is_made_listed_changed_and_forgotten(api: Api, shop: Te
     )
 
 
-@pytest.mark.parametrize(
-    ("body", "field"),
-    [
+WRONG: list[tuple[dict[str, Any], str]] = [
         ({"channel_type": "fax"}, "channel_type"),
         ({"channel_type": "whatsapp", "expected_identifier": "hello"}, "expected_identifier"),
         ({"channel_type": "whatsapp", "proxy": "ftp://x"}, "proxy"),
         ({"channel_type": "whatsapp", "name": " "}, "name"),
         ({}, "channel_type"),
-    ],
-)
-async def test_what_is_wrong_with_a_new_session_is_named(
-    api: Api, shop: Tenant, body: dict[str, Any], field: str
-) -> None:
-    answer = await api.post(f"/sessions/{shop.id}", body, shop.key)
-    assert (answer.status, answer.json["errors"][0]["field"]) == (422, field)
+    ]  # fmt: skip
+
+
+async def test_what_is_wrong_with_a_new_session_is_named(api: Api, shop: Tenant) -> None:
+    for body, field in WRONG:
+        answer = await api.post(f"/sessions/{shop.id}", body, shop.key)
+        assert (answer.status, answer.json["errors"][0]["field"]) == (422, field)
 
 
 async def test_connect_and_disconnect_are_wishes_and_idempotent(api: Api, shop: Tenant) -> None:
@@ -186,9 +185,8 @@ async def test_a_pairing_that_takes_up_an_older_session_says_which(api: Api, sho
         await anext(events)
         async with api.db.worker() as conn, conn.transaction():
             older = await store.create(conn, shop.id, "whatsapp", identifier=number)
-            adopted = await store.identify(conn, session_id, number, "gw-1", ttl=30)
-            await store.drop_pending(conn, session_id)
-        assert adopted.outcome == "adopted"
+            assert (await store.identify(conn, session_id, number)).outcome == "known"
+            await store.adopt(conn, api.services.keys, session_id, older.id, "gw-1", ttl=30)
         assert await anext(events) == ("paired", {"session_id": older.id})
 
 
@@ -248,3 +246,51 @@ async def test_a_drawn_code_reads_back(api: Api, shop: Tenant) -> None:
     expected = io.BytesIO()
     segno.make_qr(QR, error="L").save(expected, kind="png", scale=6, border=4)
     assert answer.body == expected.getvalue()
+
+
+async def test_a_number_is_paired_used_and_forgotten_with_the_real_session_manager(
+    database: Database, tmp_path: Path
+) -> None:
+    """From an empty tenant to a sent message, over HTTP alone; only the channel is scripted."""
+    async with running_api(database, tmp_path, real_sessions=True) as api:
+        platform_key = await api.make_key(None)
+        tenant = (await api.post("/api/v1/tenants", {"name": "Acme"}, platform_key)).json["id"]
+        made = await api.post(f"/sessions/{tenant}", {"channel_type": "whatsapp"}, platform_key)
+        path = f"/sessions/{tenant}/{made.json['session_id']}"
+        code = await api.get(f"{path}/qr", platform_key, headers={"Accept": "application/json"})
+        assert (code.status, code.json["qr"]) == (200, "QR-1")
+        headers = {"Authorization": f"Bearer {platform_key}", "Accept": "text/event-stream"}
+        async with asyncio.timeout(15), api.session.get(f"{api.url}{path}/qr", headers=headers) as response:
+            events = _events(response)
+            assert (await anext(events))[1]["qr"] == "QR-1"
+            await api.platform.channels[made.json["session_id"]].scan()
+            kind, data = await anext(events)
+            assert (kind, data["session_id"]) == ("paired", made.json["session_id"])
+        await eventually(_status(api, path, platform_key, "active"))
+        body = {
+            "tenant_id": tenant,
+            "channel_session_id": made.json["session_id"],
+            "recipient": "+60111222333",
+            "content": "hi",
+        }
+        assert (await api.post("/send", body, platform_key)).status == 200
+        assert f'wa_sessions_active{{tenant_id="{tenant}"}} 1.0' in (await api.get("/metrics")).body.decode()
+        assert (await api.get("/health")).json["platform"] == "connected"
+        assert (await api.post(f"{path}/disconnect", None, platform_key)).status == 200
+        await eventually(_status(api, path, platform_key, "disconnected"))
+        assert (await api.get(f"{path}/qr", platform_key)).code == "already_paired"
+        assert (await api.post("/send", body, platform_key)).status == 202
+        gone = await api.delete(path, platform_key)
+        assert (gone.status, gone.json["status"], gone.json["status_reason"]) == (
+            200,
+            "logged_out",
+            "deleted",
+        )
+        assert (await api.post("/send", body, platform_key)).status == 409
+
+
+def _status(api: Api, path: str, key: str, wanted: str) -> Any:
+    async def check() -> bool:
+        return bool((await api.get(path, key)).json["status"] == wanted)
+
+    return check
