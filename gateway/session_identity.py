@@ -154,6 +154,8 @@ class Identity:
                             self._manager.owner,
                             ttl=self._manager.ownership.ttl,
                         )
+                        # In the same commit: a pairing that has ended must not be begun again on the surviving row.
+                        await store.show_pairing(conn, found.session_id, "paired")
                 break
             except NotFound:
                 return
@@ -173,7 +175,6 @@ class Identity:
             self._manager.ownership.drop(old_id)
             await self._manager.move_folder(old_id, found.session_id)
             self._manager.ownership.granted(found.session_id, epoch, asked)
-            self._writer.pairing(found.session_id, PairingUpdate("paired", identifier=identifier))
             async with self._db.worker() as conn:
                 row = await store.get(conn, runner.row.tenant_id, found.session_id)
             self._writer.audit(row, "session_paired", {"outcome": "adopted", "pending_session_id": old_id})

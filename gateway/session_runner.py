@@ -257,6 +257,8 @@ class Runner:
         if self.channel is None or row.login_method is None or row.wanted_at == self.login_seen:
             return
         self.login_seen = row.wanted_at
+        if self.state.status is SessionStatus.ACTIVE:
+            return  # an old wish: it is paired
         if not isinstance(self.channel, Pairable):
             self._manager.pairing_changed(self, PairingUpdate("failed", reason="not_pairable"))
             return

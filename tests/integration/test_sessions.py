@@ -291,8 +291,8 @@ async def test_a_pairing_that_times_out_ends_and_can_be_begun_again(
         assert (ended.wanted, ended.qr) == ("disconnected", None)
         await becomes(database, row, DISCONNECTED, "qr_timeout")
         await want(database, row, "connected", login_method="qr")
-        await eventually(lambda: _with_qr(database, row))
-        assert platform.channels[row.id] is not channel
+        again = await eventually(lambda: _with_qr(database, row))
+        assert (again.pairing_state, again.wanted) == ("qr", "connected")
 
 
 async def test_another_number_than_expected_is_logged_out_again(
