@@ -32,7 +32,10 @@ from core.migrate import migrate
 from core.outbound import OutboundWorker
 from core.secrets import KeyRing
 from core.settings import Settings
+from gateway import console
 from gateway.api import Services, WebhookSpool, ensure_platform_key, make_app
+from gateway.api.problems import Problem
+from gateway.api.routing import KEYS
 from gateway.sessions import SessionManager
 from gateway.whatsapp.channel import WhatsAppChannel
 from gateway.whatsapp.convert import convert_webhook
@@ -141,7 +144,14 @@ class Gateway:
             registry=kinds,
             keys=keys,
         )
-        await self._listen(make_app(services))
+        app = make_app(services)
+        console.install(
+            app,
+            db=self.database,
+            authenticate=_key_checker(app),
+            channels=[n for n, k in kinds.items() if k.factory],
+        )
+        await self._listen(app)
         lag = asyncio.create_task(self._measure_lag(), name="loop-lag")
         self._stack.callback(lag.cancel)
         logger.info("gateway.started", action=self.url, owner=self.owner)
@@ -197,6 +207,18 @@ async def serve(settings: Settings) -> None:
             print(f"platform key (shown once): {gateway.new_platform_key}", flush=True)
         await stop.wait()
         logger.info("gateway.stopping")
+
+
+def _key_checker(app: web.Application) -> Callable[[str], Awaitable[console.Principal]]:
+    """How the console proves a key: as the API does."""
+
+    async def check(key: str) -> console.Principal:
+        try:
+            return await app[KEYS].principal(key)
+        except Problem as problem:
+            raise console.SignInRefused(problem.detail, problem.status) from None
+
+    return check
 
 
 def writable_directory(path: Path, *, name: str = "DATA_DIR") -> Path:

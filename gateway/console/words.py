@@ -1,0 +1,296 @@
+"""What the console says: states, reasons, ticks, decisions and times in words. Pure: no rows are read here."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import Any, Literal, Protocol
+from zoneinfo import ZoneInfo
+
+from core.channel import SessionStatus
+from core.store.sessions import SessionRow
+
+Tone = Literal["good", "busy", "calm", "bad"]
+
+
+class Row(Protocol):
+    """A row of the database, or anything like one."""
+
+    def __getitem__(self, key: str, /) -> Any: ...
+
+
+STATUS: dict[str, tuple[str, Tone]] = {
+    "active": ("Connected", "good"),
+    "connecting": ("Connecting", "busy"),
+    "pairing": ("Not linked yet", "busy"),
+    "disconnected": ("Not connected", "calm"),
+    "logged_out": ("Logged out", "bad"),
+    "suspended": ("Suspended", "bad"),
+}
+
+REASONS = {
+    "qr_timeout": "Nobody scanned the code in time.",
+    "wrong_number": "Another number was scanned. It has been logged out again.",
+    "already_live": "This number is connected here already, under another entry. The new link was undone.",
+    "logged_out_by_phone": "The phone removed this device from its linked devices.",
+    "logged_out": "It was logged out.",
+    "deleted": "It was logged out from here. Its conversations are kept.",
+    "stream_replaced": "The same linked device was opened elsewhere.",
+    "temporary_ban": "WhatsApp has banned this number for a while.",
+    "client_outdated": "WhatsApp refuses this version of the client.",
+    "auth_failed": "The sign-in was refused.",
+    "connect_failure": "The channel refused the connection; it is tried again.",
+    "child_failed": "The WhatsApp client does not start.",
+    "folder_taken": "Another gateway holds this number’s files.",
+    "journal_failed": "Messages cannot be written to disk, so none is taken.",
+    "keys_missing": "The keys of this link are not on this machine any more.",
+    "gateway_gone": "The gateway that held it has stopped.",
+    "gateway_stopped": "The gateway was stopped.",
+    "secret_key_missing": "Its stored credentials cannot be opened: a secret key is missing.",
+    "secret_damaged": "Its stored credentials are damaged.",
+    "unknown_channel": "No running gateway has this channel.",
+    "start_failed": "It could not be started; the gateway’s log says why.",
+    "pairing_failed": "The pairing could not be started; the gateway’s log says why.",
+    "keepalive_timeout": "The connection was silent; it is made anew.",
+    "timeout": "Nobody scanned the code in time.",
+}
+
+DECISIONS = {
+    "auto_reply": "Answered automatically",
+    "follow_up": "Marked for a follow-up",
+    "human_takeover": "Handed to a person",
+    "ignore": "Not answered",
+}
+WHY = {
+    "no_agent": "no agent is set for this number",
+    "group": "it is a group",
+    "opted_out": "this person opted out",
+    "opt_out": "they asked not to be contacted",
+    "opt_in": "they may be contacted again",
+    "handled_by_human": "a person answers here",
+    "own_message": "it is our own message",
+    "reply_cap": "the limit of automatic replies was reached",
+    "automatic_message": "an automatic message",
+    "loop": "two machines would answer each other",
+    "stale": "it came too long ago",
+    "tenant_suspended": "this tenant is suspended",
+    "undecryptable": "it could not be read",
+    "unsupported": "a kind that cannot be answered",
+    "asked_for_a_person": "they asked for a person",
+    "human_request": "they asked for a person",
+    "asked_for_later": "they want to hear later",
+    "no_rule": "no rule fits",
+    "out_of_hours": "outside opening hours",
+}
+KINDS = {
+    "image": "Picture",
+    "video": "Video",
+    "audio": "Audio",
+    "document": "Document",
+    "sticker": "Sticker",
+    "location": "Location",
+    "contact": "Contact card",
+    "poll": "Poll",
+    "reaction": "Reaction",
+    "edited": "Edited message",
+    "deleted": "Deleted message",
+    "unsupported": "Message of another kind",
+}
+ORIGINS = {"console": "A person here", "phone": "Typed on the phone", "api": "By the API", "agent": "Agent"}
+CHANNELS = {"whatsapp": "WhatsApp", "email": "E-mail", "telegram": "Telegram"}
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A session in words: where it stands, why, and what a person must do now."""
+
+    label: str
+    tone: Tone
+    reason: str | None
+    action: str | None
+    step: Literal["pair", "connect", "wait", "none"]
+    """The button that leads on."""
+
+
+def standing(session: SessionRow) -> Standing:
+    label, tone = STATUS.get(session.status, (session.status.value, "calm"))
+    code = session.status_reason or (
+        session.pairing_reason if session.pairing_state in ("timeout", "failed") else None
+    )
+    reason = (REASONS.get(code) or sentence(code.replace("_", " "))) if code else None
+    if session.wanted == "deleted":
+        return Standing(
+            "Logging out", "busy", None, "It is being logged out; this takes a few seconds.", "wait"
+        )
+    if pairable(session):
+        if linking(session):
+            return Standing("Waiting for the phone", "busy", reason, session.action, "wait")
+        if session.status == SessionStatus.DISCONNECTED:
+            label = "Not linked"
+        advice = session.action or "Link it with the phone: scan a QR code or enter a code."
+        if code in ("qr_timeout", "timeout"):
+            advice = "Ask for a new code when the phone is at hand."
+        return Standing(label, tone, reason, sentence(advice), "pair")
+    if session.status == SessionStatus.DISCONNECTED:
+        return Standing(
+            label, tone, reason, sentence(session.action or "Connect it to send and receive."), "connect"
+        )
+    action = sentence(session.action) if session.action else None
+    return Standing(label, tone, reason, action, "none" if session.status == SessionStatus.ACTIVE else "wait")
+
+
+def linking(session: SessionRow) -> bool:
+    """A pairing is under way: a code is shown or about to be."""
+    return (
+        session.wanted == "connected"
+        and session.login_method is not None
+        and session.pairing_state not in ("timeout", "failed", "paired")
+    )
+
+
+def pairable(session: SessionRow) -> bool:
+    """Whether a phone can be linked now; not while it is linked, suspended or being removed."""
+    if session.channel_type != "whatsapp" or session.wanted == "deleted":
+        return False
+    if session.status in (SessionStatus.ACTIVE, SessionStatus.SUSPENDED):
+        return False
+    if session.status == SessionStatus.CONNECTING:
+        return session.pending or session.login_method is not None
+    if session.status == SessionStatus.DISCONNECTED:
+        return session.pending or session.pairing_state in ("timeout", "failed") or linking(session)
+    return True
+
+
+def number(session: SessionRow) -> str:
+    return "Number not known yet" if session.pending else session.identifier
+
+
+def title(session: SessionRow) -> str:
+    return session.name or (number(session) if not session.pending else f"Number {session.id}")
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """What became of a message that went out. `detail` is shown in words, `mark` as ticks."""
+
+    mark: Literal["clock", "one", "two", "blue", "unknown", "failed", "cancelled"]
+    text: str
+    detail: str | None = None
+
+
+def tick(message: Row) -> Tick | None:
+    """None for what came in."""
+    if message["direction"] != "outbound":
+        return None
+    why = sentence(message["last_error"]) if message["last_error"] else None
+    match message["delivery_status"]:
+        case "queued":
+            return Tick("clock", "Waiting to be sent", why)
+        case "dispatching":
+            return Tick("clock", "Being sent")
+        case "sent":
+            return Tick("one", "Sent")
+        case "delivered":
+            return Tick("two", "Delivered")
+        case "read":
+            return Tick("blue", "Read")
+        case "unknown":
+            return Tick(
+                "unknown",
+                "Not known whether it arrived",
+                why or "The connection was cut while it was sent. It is not sent again by itself.",
+            )
+        case "cancelled":
+            return Tick("cancelled", "Withdrawn", why)
+    return Tick("failed", "Not sent", why or "The channel refused it.")
+
+
+def decision(message: Row) -> str | None:
+    """What was decided about a message that came in, as one line."""
+    action = message["decision_action"]
+    if action is None:
+        return "Could not be answered: see the log" if message["delivery_status"] == "inbound_error" else None
+    text = DECISIONS.get(action, str(action).replace("_", " "))
+    reason = message["decision_reason"]
+    if reason and action != "auto_reply":
+        text += f": {WHY.get(reason, str(reason).replace('_', ' '))}"
+    elif message["decision_label"]:
+        text += f" · {str(message['decision_label']).replace('_', ' ')}"
+    return text
+
+
+def kind(message_type: str) -> str | None:
+    return KINDS.get(message_type)
+
+
+def origin(message: Row) -> str | None:
+    if message["direction"] != "outbound":
+        return None
+    given = message["origin"]
+    if given is None:
+        return "Backend"
+    return ORIGINS.get(
+        given, "Agent" if given in ("auto", "worker", "rules", "llm", "inbound_worker") else str(given)
+    )
+
+
+def person(name: str | None, external_id: str) -> str:
+    """A name, else the address without the channel's prefix."""
+    return name or address(external_id)
+
+
+def address(external_id: str) -> str:
+    channel, _, rest = external_id.partition(":")
+    return "hidden number" if channel == "whatsapp-lid" else rest or external_id
+
+
+def initials(name: str) -> str:
+    letters = [part[0] for part in name.split() if part[0].isalpha()]
+    return "".join(letters[:2]).upper() or "#"
+
+
+def sentence(text: str) -> str:
+    """Begins with a capital, ends with a full stop."""
+    text = text.strip()
+    if not text:
+        return text
+    text = text[0].upper() + text[1:]
+    return text if text[-1] in ".!?…" else text + "."
+
+
+@lru_cache(maxsize=256)
+def zone(name: str | None) -> ZoneInfo:
+    """The browser's time zone, which its script tells in a cookie; UTC when it does not or nobody knows it."""
+    if (
+        name
+        and len(name) <= 64
+        and all(c.isalnum() or c in "/_+-" for c in name)
+        and not name.startswith("/")
+    ):
+        with suppress(LookupError, ValueError, OSError):  # nobody knows it
+            return ZoneInfo(name)
+    return ZoneInfo("UTC")
+
+
+def clock(moment: datetime, where: ZoneInfo) -> str:
+    return moment.astimezone(where).strftime("%H:%M")
+
+
+def day(moment: datetime, where: ZoneInfo, *, now: datetime | None = None) -> str:
+    """“Today”, “Yesterday”, “Mon 3 Nov”, with the year when it is another."""
+    local = moment.astimezone(where)
+    today = (now or datetime.now(UTC)).astimezone(where)
+    if local.date() == today.date():
+        return "Today"
+    if local.date() == (today - timedelta(days=1)).date():
+        return "Yesterday"
+    text = f"{local:%a} {local.day} {local:%b}"
+    return text if local.year == today.year else f"{text} {local.year}"
+
+
+def when(moment: datetime, where: ZoneInfo) -> str:
+    """The time today, the day before that."""
+    named = day(moment, where)
+    return clock(moment, where) if named == "Today" else named
