@@ -14,6 +14,7 @@ from gateway.api import (
     health,
     keys,
     leads,
+    media,
     messages,
     metrics,
     outbound,
@@ -22,6 +23,7 @@ from gateway.api import (
     sessions,
     tenants,
     threads,
+    uploads,
     webhook,
     workspaces,
 )
@@ -32,7 +34,9 @@ from gateway.api.health import OVERVIEW, Overview
 from gateway.api.middleware import add_headers, edge
 from gateway.api.routing import KEYS, ROUTES, SERVICES, Route, endpoint
 from gateway.api.services import Services
+from gateway.api.uploads import MEDIA
 from gateway.api.webhook import CACHE, SessionCache
+from gateway.media import MediaStore, OutgoingMedia
 
 RESOURCES = (
     send,
@@ -44,6 +48,8 @@ RESOURCES = (
     outbound,
     threads,
     messages,
+    media,
+    uploads,
     leads,
     events,
     audit,
@@ -67,6 +73,7 @@ def make_app(services: Services) -> web.Application:
     app[FEED] = Feed(services.db)
     app[OVERVIEW] = Overview(services.db)
     app[CACHE] = SessionCache()
+    app[MEDIA] = services.media or OutgoingMedia(services.db, MediaStore(services.settings.media_dir))
     app[ROUTES] = table = tuple(all_routes())
     for route in table:
         app.router.add_route(route.method, route.path, endpoint(route))

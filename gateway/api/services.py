@@ -19,6 +19,7 @@ from core.settings import Settings
 if TYPE_CHECKING:
     from core.secrets import KeyRing
     from gateway.api.spool import WebhookSpool
+    from gateway.media import OutgoingMedia
 
 T = TypeVar("T")
 
@@ -71,6 +72,8 @@ class Services:
     sessions: Sessions | None = None
     inbound: Worker | None = None
     outbound: Outbound | None = None
+    media: OutgoingMedia | None = None
+    """Unset: one of the API's own, over the same folder."""
     limits: Limits = Limits()
     owner: str = ""
     started_at: float = field(default_factory=time.time)

@@ -23,6 +23,7 @@ from gateway.media.store import Draft, too_large
 log = logs.get(part="media")
 
 CHUNK = 1 << 16
+MAX_URL = 4096
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _LATER = frozenset((408, 425, 429))
 
@@ -225,6 +226,8 @@ def _bad_url() -> RefusedError:
 
 
 def _checked(text: str) -> URL:
+    if len(text) > MAX_URL or not text.isprintable():
+        raise _bad_url()
     try:
         url = URL(text)
         if url.scheme != "https" or not url.host or url.user or url.password or not url.port:

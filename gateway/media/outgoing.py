@@ -49,7 +49,7 @@ class OutgoingMedia:
         metrics: Metrics | None = None,
     ) -> None:
         self._db = db
-        self._store = store
+        self.store = store
         self._fetcher = fetcher or Fetcher()
         self._metrics = metrics
         self._locks: dict[str, asyncio.Lock] = {}
@@ -122,14 +122,14 @@ class OutgoingMedia:
     async def _local(self, file: File | None, missing: str) -> LocalFile:
         if file is None:
             raise RefusedError(f"{missing}; upload the file again", code="media_not_found")
-        if not await self._store.has(file.sha256):
+        if not await self.store.has(file.sha256):
             # Gateways that serve the same tenants must share DATA_DIR; this one does not have the bytes.
             raise NotSentError(
                 "the file is not on this gateway's disk; gateways on one database must share DATA_DIR/media",
                 code="media_not_here",
             )
         return LocalFile(
-            self._store.path(file.sha256),
+            self.store.path(file.sha256),
             file.mime_type,
             file.filename,
             file.size,
@@ -147,7 +147,7 @@ class OutgoingMedia:
             async with lock:
                 async with self._db.worker() as conn:
                     file = await rows.fetched(conn, tenant_id, key)
-                if file is None or not await self._store.has(file.sha256):
+                if file is None or not await self.store.has(file.sha256):
                     file = await self._fetch(tenant_id, url, key, message_type)
                 return await self._local(file, "the file is gone")
         finally:
@@ -157,7 +157,7 @@ class OutgoingMedia:
 
     async def _fetch(self, tenant_id: int, url: str, key: str, message_type: str | None) -> File:
         try:
-            async with self._store.draft(limit=self._fetcher.limits.size) as draft:
+            async with self.store.draft(limit=self._fetcher.limits.size) as draft:
                 told = await self._fetcher.fetch(url, draft, message_type=message_type)
                 content = await draft.keep()
             file = await _identified(content, told.mime_type, told.filename, "media")

@@ -102,6 +102,8 @@ ENTRIES: dict[tuple[str, str], Entry] = {
     ("POST", "/api/v1/messaging/threads/{thread_id}/release"): Entry(200),
     ("POST", "/api/v1/messaging/threads/{thread_id}/archive"): Entry(200),
     ("GET", "/api/v1/messaging/messages/{message_id}"): Entry(200),
+    ("GET", "/api/v1/messaging/messages/{message_id}/media"): Entry(404),
+    ("POST", "/api/v1/messaging/uploads"): Entry(201, lambda _: {"a": "file"}, query=TENANT),
     ("GET", "/api/v1/messaging/leads"): Entry(200, query=TENANT),
     ("GET", "/api/v1/messaging/leads/{lead_id}"): Entry(200),
     ("PATCH", "/api/v1/messaging/leads/{lead_id}"): Entry(200, _rename),
@@ -168,8 +170,8 @@ async def _populated(api: Api) -> World:
     for table in ("agents", "workspaces"):
         ids[f"{table[:-1]}_id"] = await value(
             api.db,
-            f"INSERT INTO et_{table} (tenant_id, name) VALUES ($1, 'one') RETURNING id",
-            owner.id,  # noqa: S608
+            f"INSERT INTO et_{table} (tenant_id, name) VALUES ($1, 'one') RETURNING id",  # noqa: S608
+            owner.id,
         )
     ids["key_id"] = await value(
         api.db,
