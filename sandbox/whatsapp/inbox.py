@@ -164,13 +164,14 @@ class Inbox:
         if self.auto_receipts == "read":
             self._receipt(msg_id, "read")
 
-    def _note_again(self, msg_id: str, author: Account) -> None:
-        """The same ciphertext once more: a phone shows it once, and says again that it has it."""
+    def _note_again(self, msg_id: str, author: Account) -> bool:
+        """The same message once more: a phone shows it once, and says again that it has it. False: never seen."""
         same = (m for m in self.received if m.id == msg_id and m.sender == author.number)
         first = next(same, None)
         if first is not None:
             self.received.add(replace(first, duplicate=True, at=time.time(), monotonic=time.monotonic()))
             self._answer(msg_id, author)
+        return first is not None
 
     def take(self, device: Device, stanza: Node, enc: Node) -> None:
         """A ciphertext for this phone from a linked device, its own account's or another's."""
@@ -179,8 +180,10 @@ class Inbox:
             return
         try:
             message = e2e.Message.FromString(ciphers.decrypt(self.account, device, enc))
-        except AlreadyRead:
-            self._note_again(stanza.text("id"), author)
+        except AlreadyRead as error:
+            # Another message under a key that was used already: two threads of the client's Signal session raced.
+            if not self._note_again(stanza.text("id"), author) and stanza.text("category") != _NOT_FOR_PEOPLE:
+                self._ask_again(device, stanza, enc, str(error) or "key used before")
             return
         except DecryptError as error:
             self._ask_again(device, stanza, enc, str(error))
