@@ -33,7 +33,7 @@ from core.outbound import OutboundWorker
 from core.secrets import KeyRing
 from core.settings import Settings
 from gateway import console
-from gateway.api import Services, WebhookSpool, ensure_platform_key, make_app
+from gateway.api import Runner, Services, WebhookSpool, ensure_platform_key, make_app
 from gateway.api.problems import Problem
 from gateway.api.routing import KEYS
 from gateway.sessions import SessionManager
@@ -56,7 +56,7 @@ def registry(settings: Settings, metrics: Metrics) -> dict[str, ChannelKind]:
 
 
 class Gateway:
-    """One gateway process. `without` leaves parts out: the demo's own test proves that it notices.
+    """One gateway process. `without={"worker"}` leaves the inbound worker out: the demo's own test proves that it notices.
 
     Use as `async with Gateway(settings) as gateway:`; `gateway.url` is where it listens.
     """
@@ -124,12 +124,12 @@ class Gateway:
         journal = await asyncio.to_thread(Journal, spool_dir / "journal.db")
         self._stack.push_async_callback(asyncio.to_thread, journal.close)
         self.spool = WebhookSpool(journal, self.database, self.ingest, kinds, metrics)
+        # Stopped the other way round: first nothing new is decided or claimed, calls under way end, then the sessions.
+        await self._run(self.sessions.start, self.sessions.stop)
         await self._run(self.spool.start, self.spool.stop)
         await self._run(self.outbound.start, self.outbound.stop)
         if "worker" not in self.without:
             await self._run(self.inbound.start, self.inbound.stop)
-        if "sessions" not in self.without:
-            await self._run(self.sessions.start, self.sessions.stop)
 
         self.new_platform_key = await ensure_platform_key(self.database, settings)
         services = Services(
@@ -143,6 +143,7 @@ class Gateway:
             outbound=self.outbound,
             registry=kinds,
             keys=keys,
+            owner=self.owner,
         )
         app = make_app(services)
         console.install(
@@ -171,7 +172,7 @@ class Gateway:
 
     async def _listen(self, app: web.Application) -> None:
         host, port = self.settings.host, self.settings.port
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=3)
+        runner = Runner(app, access_log=None, shutdown_timeout=3)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
         try:
