@@ -33,7 +33,7 @@ class FetchLimits:
     """Bytes and seconds. `resumes`: how often a broken connection is taken up again."""
 
     size: int = 64 << 20
-    total: float = 120.0
+    total: float = 60.0
     connect: float = 10.0
     read: float = 20.0
     redirects: int = 3

@@ -27,6 +27,8 @@ log = logs.get(part="media")
 
 FETCHED_SECONDS = 3600.0
 UPLOAD_SECONDS = 7 * 86400.0
+PREPARE_SECONDS = 75.0
+"""With room for the call itself before the outbound worker's watchdog counts it as cut off."""
 
 _UPLOAD = re.compile(r"upload:([1-9][0-9]{0,17})")
 _OWN = re.compile(r"/api/v1/messaging/messages/([1-9][0-9]{0,17})/media")
@@ -58,12 +60,29 @@ class OutgoingMedia:
     async def prepare(self, message: OutboundMessage) -> OutboundMessage:
         """The message with its file in `media`, and the file noted on its row. Nothing to do without a `media_url`.
 
-        Raises what `outgoing_media` raises; called before the channel, so nothing was sent then.
+        Called before the channel, so whatever goes wrong here was not sent: raises RefusedError like `outgoing_media`, and
+        NotSentError for everything else, a lost database and a fetch of more than `PREPARE_SECONDS` among it.
         """
         if not message.media_url or message.media is not None:
             return message
+        try:
+            async with asyncio.timeout(PREPARE_SECONDS):
+                return await self._prepared(message, message.media_url)
+        except ChannelError:
+            raise
+        except Exception as error:
+            log.warning("media.not_prepared", message_id=message.attempt.message_id, error=repr(error))
+            slow = isinstance(error, TimeoutError)
+            raise NotSentError(
+                "the file to send could not be made ready"
+                + (" in time" if slow else "")
+                + "; it is tried again",
+                code="media_not_ready",
+            ) from error
+
+    async def _prepared(self, message: OutboundMessage, url: str) -> OutboundMessage:
         attempt = message.attempt
-        media = await self.outgoing_media(attempt.tenant_id, message.media_url, message.message_type)
+        media = await self.outgoing_media(attempt.tenant_id, url, message.message_type)
         patch = _describe(media)
         async with self._db.worker() as conn:
             await rows.describe_outgoing(conn, attempt.tenant_id, attempt.message_id, _file(media), patch)

@@ -244,3 +244,33 @@ async def test_every_statement_fits_the_schema(place: Place, store: MediaStore) 
         assert await rows.of_message(conn, place.tenant_id, 1) is None
         assert not await rows.settle(conn, place.tenant_id, 1, None, {})
         assert await rows.overdue(conn, seconds=1) == []
+
+
+async def test_whatever_goes_wrong_before_the_call_was_not_sent(
+    place: Place, store: MediaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outgoing = OutgoingMedia(place.db, store)
+    message = await enqueue(place, await upload(place, store, picture()))
+
+    async def gone(*_: object) -> None:
+        raise ConnectionResetError("the database went away")
+
+    monkeypatch.setattr(rows, "describe_outgoing", gone)
+    with pytest.raises(NotSentError) as error:
+        await outgoing.prepare(message)
+    assert error.value.code == "media_not_ready"
+
+
+async def test_a_fetch_that_takes_too_long_is_given_up_before_the_call(
+    place: Place, store: MediaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.media.outgoing.PREPARE_SECONDS", 0.2)
+
+    async def answer(_request: web.Request) -> web.Response:
+        await asyncio.sleep(5)
+        return web.Response()
+
+    async with serving(answer) as site:
+        outgoing = OutgoingMedia(place.db, store, site.fetcher())
+        with pytest.raises(NotSentError, match="in time"):
+            await outgoing.prepare(await enqueue(place, site.url("/slow")))
