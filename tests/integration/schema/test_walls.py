@@ -32,7 +32,7 @@ async def furnished(world: Any) -> Any:
         own = {
             "et_agents": "(tenant_id, name) VALUES ($1, 'x')",
             "et_workspaces": "(tenant_id, name) VALUES ($1, 'x')",
-            "et_api_keys": "(tenant_id, name, prefix, key_hash) VALUES ($1, 'x', 'p', sha256($1::BIGINT::TEXT::BYTEA))",
+            "et_api_keys": "(tenant_id, name, prefix, key_hash) VALUES ($1, 'x', 'p' || $1::BIGINT, sha256($1::BIGINT::TEXT::BYTEA))",
             "et_audit_log": "(tenant_id, event) VALUES ($1, 'access_denied')",
             "et_suppressions": "(tenant_id, identity_hash, reason) VALUES ($1, '\\x00', 'erased')",
         }
@@ -166,7 +166,7 @@ async def test_the_api_writes_in_its_own_tenant_alone(furnished: Any) -> None:
 async def test_the_api_never_reads_a_key_hash(furnished: Any) -> None:
     api = await furnished.connect(role="et_api")
     await api.execute("SELECT set_config('app.tenant_id', $1, false)", str(furnished.a.id))
-    assert await api.fetchval("SELECT prefix FROM et_api_keys") == "p"
+    assert await api.fetchval("SELECT prefix FROM et_api_keys") == f"p{furnished.a.id}"
     for what in ("key_hash", "*"):
         with pytest.raises(REFUSED):
             await api.fetch(f"SELECT {what} FROM et_api_keys")
