@@ -300,8 +300,12 @@ class SessionManager:
 
     @staticmethod
     def _needs_restart(runner: Runner, row: SessionRow) -> bool:
-        """Settings were changed, or somebody said "connect" to a session that stands still."""
-        if runner.row.metadata != row.metadata:
+        """Settings the channel reads were changed, or somebody said "connect" to a session that stands still."""
+
+        def of_channel(metadata: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in metadata.items() if name != "default_workspace_id"}
+
+        if of_channel(runner.row.metadata) != of_channel(row.metadata):
             return True
         still = runner.state.status in (
             SessionStatus.DISCONNECTED,
