@@ -1,0 +1,84 @@
+"""Every benchmark, in a short form, and its figures into docs/performance.md:
+
+    python -m bench [--full] [--no-page] [ingest outbound whatsapp webhook kills sessions]
+
+About four minutes; `--full` runs the minute of 1,000 messages and longer rounds, about eight. Names given: only those,
+and the page is left alone. Everything ends by itself; a benchmark that fails is named, and the others still run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bench import common, ingest, outbound, page, sessions, whatsapp
+from bench.common import Figure
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+Run = Callable[[list[str]], Awaitable[list[Figure]]]
+
+BENCHES: dict[str, tuple[str, Run, str, str]] = {
+    "ingest": ("Ingest: from the adapter to the commit", ingest.main, "--seconds 2 --rounds 3", "--seconds 5 --rounds 5"),
+    "outbound": ("Queue, end to end, in thread order", outbound.main, "--items 10000", "--items 20000"),
+    "whatsapp": (
+        "Through the real WhatsApp client",
+        whatsapp.main,
+        "--messages 250 --senders 100 --seconds 15 --outbound 100 --alone",
+        "--messages 1000 --senders 100 --seconds 60 --outbound 300 --alone",
+    ),
+    "kills": (
+        "The same while another session's child is being killed",
+        whatsapp.main,
+        "--messages 250 --senders 100 --seconds 15 --outbound 0 --kill-child",
+        "--messages 1000 --senders 100 --seconds 60 --outbound 0 --kill-child",
+    ),
+    "webhook": (
+        "Through /webhook, Baileys objects",
+        whatsapp.main,
+        "--messages 250 --senders 100 --seconds 15 --webhook",
+        "--messages 1000 --senders 100 --seconds 60 --webhook",
+    ),
+    "sessions": ("Sessions", sessions.main, "--sessions 10", "--sessions 10"),
+}  # fmt: skip
+
+
+async def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--no-page", action="store_true", help="print only")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(BENCHES):
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")
+    async with common.database(None) as url:
+        machine = str(common.machine(await common.postgres_version(url)))
+    sections: list[page.Section] = []
+    failed: list[str] = []
+    for name in options.names or BENCHES:
+        title, run, short, full = BENCHES[name]
+        try:
+            found = await run((full if options.full else short).split())
+        except Exception as error:
+            failed.append(name)
+            reason = (str(error).splitlines() or [""])[0][:200]
+            found = [common.figure("did not finish", f"{type(error).__name__}: {reason}")]
+        sections.append((title, found))
+    if not options.names and not options.no_page:
+        date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        command = "python -m bench" + (" --full" if options.full else "")
+        text = page.render(sections, date=date, machine=machine, command=command)
+        PAGE.write_text(page.replace(PAGE.read_text(), text))
+        print(f"written to {PAGE.name}", flush=True)
+    if failed:
+        print(f"did not finish: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    common.quiet()
+    sys.exit(common.run(main()))

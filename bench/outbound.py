@@ -1,0 +1,167 @@
+"""Items a second through the outbound queue, thread order kept, with a channel that answers at once.
+
+    python -m bench.outbound [DATABASE_URL] [--items 10000] [--threads 2000] [--sessions 10] [--rate 2000] [--seconds 5]
+
+Two runs: with the rows there before the worker starts, and with `--rate` rows a second that come in meanwhile through
+et_enqueue_outbound, ten a transaction, over connections of their own. Waits go from after COMMIT to the channel's call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from datetime import UTC, datetime
+
+from bench import common
+from bench.common import Figure, figure, percentiles
+from core.channel import Attempt, NotSent, OutboundMessage, Sent, SessionId, Unknown
+from core.database import Database
+from core.metrics import Metrics
+from core.migrate import migrate
+from core.outbound import OutboundWorker
+
+OWNER = "bench"
+
+
+class Instant:
+    """A dispatcher that accepts everything at once and remembers when."""
+
+    def __init__(self, sessions: list[int]) -> None:
+        self.changed = asyncio.Event()
+        self.seen: list[tuple[int, datetime]] = []
+        self.last: dict[str, int] = {}
+        self.inversions = 0
+        self._wanted = 0
+        self._done = asyncio.Event()
+        self._sendable = {SessionId(s): float("inf") for s in sessions}
+
+    def sendable(self) -> dict[SessionId, float]:
+        return self._sendable
+
+    def owned(self) -> frozenset[SessionId]:
+        return frozenset(self._sendable)
+
+    async def all_of(self, items: int) -> None:
+        """Wait until this many have been handed over."""
+        self._wanted = items
+        if len(self.seen) < items:
+            await self._done.wait()
+
+    async def send(self, message: OutboundMessage) -> Sent:
+        now = datetime.now(UTC)
+        number = int(message.attempt.queue_id)
+        self.inversions += self.last.get(message.attempt.recipient, 0) > number
+        self.last[message.attempt.recipient] = number
+        self.seen.append((number, now))
+        if len(self.seen) == self._wanted:
+            self._done.set()
+        return Sent(f"B{number:016d}", now)
+
+    async def resolve(self, attempt: Attempt) -> Sent | NotSent | Unknown:
+        return Unknown("bench")
+
+
+async def measure(url: str, items: int, threads: int, sessions: int, rate: int) -> list[Figure]:
+    """One run with a tenant of its own; `rate` 0: everything is there before the worker starts."""
+    db = await Database.open(url, application_name="bench")
+    backend = await Database.open(url, application_name="bench-backend", worker_connections=4)
+    try:
+        async with db.worker() as conn:
+            tenant = await conn.fetchval("INSERT INTO et_tenants (name) VALUES ('bench') RETURNING id")
+            ids = [
+                r["id"]
+                for r in await conn.fetch(
+                    "INSERT INTO et_channel_sessions (tenant_id, channel_type, session_identifier, status) "
+                    "SELECT $1, 'fake', 's' || n, 'active' FROM generate_series(1, $2::INT) n RETURNING id",
+                    tenant,
+                    sessions,
+                )
+            ]
+            await conn.execute(
+                "INSERT INTO et_session_leases (session_id, tenant_id, owner, expires_at) "
+                "SELECT s, $1, $2, now() + INTERVAL '1 day' FROM unnest($3::BIGINT[]) s",
+                tenant,
+                OWNER,
+                ids,
+            )
+            # People exist already: what is measured is the queue, not the making of leads.
+            await conn.execute(
+                "INSERT INTO et_leads (tenant_id, external_id) SELECT $1, 'fake:p' || n FROM generate_series(1, $2::INT) n",
+                tenant,
+                threads,
+            )
+        dispatcher = Instant(ids)
+        worker = OutboundWorker(db, Metrics(), dispatcher, owner=OWNER)
+        committed: dict[int, datetime] = {}
+
+        async def put(first: int, count: int) -> None:
+            async with backend.worker() as conn:
+                rows = await conn.fetch(
+                    "SELECT e.queue_id FROM generate_series($2::INT, $3::INT) n, LATERAL et_enqueue_outbound("
+                    "$1, ($4::BIGINT[])[1 + (n % $5) % cardinality($4::BIGINT[])], 'p' || 1 + n % $5, 'text ' || n) e",
+                    tenant, first, first + count - 1, ids, threads,
+                )  # fmt: skip
+                now = datetime.now(UTC)
+                committed.update({row["queue_id"]: now for row in rows})
+
+        if not rate:
+            for n in range(0, items, 500):
+                await put(n, 500)
+        began = time.monotonic()
+        await worker.start()
+        if rate:
+            async with asyncio.TaskGroup() as group:
+                for n in range(0, items, 10):
+                    await asyncio.sleep(max(0.0, began + n / rate - time.monotonic()))
+                    group.create_task(put(n, 10))
+        async with asyncio.timeout(120):
+            await dispatcher.all_of(items)
+        done = time.monotonic()
+        await worker.stop()
+        calls = len(dispatcher.seen)
+        kept = (
+            f"inversions {dispatcher.inversions}, second calls {calls - len({n for n, _ in dispatcher.seen})}"
+        )
+        what = f"{calls:,} items, {threads:,} threads, {sessions} sessions"
+        if not rate:
+            return [
+                figure(f"{what}, waiting", f"{items / (done - began):,.0f}/s; {kept}", "≥ 40 × procrastinate")
+            ]
+        waits = [(at - committed[number]).total_seconds() for number, at in dispatcher.seen]
+        return [
+            figure(
+                f"{what}, coming at {rate:,}/s: commit to channel",
+                f"{percentiles(waits)}; {kept}",
+                "p95 ≤ 15 ms",
+            )
+        ]
+    finally:
+        await db.close()
+        await backend.close()
+
+
+async def main(words: list[str] | None = None) -> list[Figure]:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.outbound",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("url", nargs="?", help="a database that may be thrown away afterwards")
+    parser.add_argument("--items", type=int, default=10_000)
+    parser.add_argument("--threads", type=int, default=2_000)
+    parser.add_argument("--sessions", type=int, default=10)
+    parser.add_argument("--rate", type=int, default=2_000)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of the run at that rate, at most 60")
+    options = parser.parse_args(words)
+    async with common.database(options.url) as url:
+        print(f"outbound: {common.machine(await common.postgres_version(url))}", flush=True)
+        await migrate(url)
+        found = await measure(url, options.items, options.threads, options.sessions, 0)
+        at_rate = int(options.rate * min(options.seconds, 60.0)) // 10 * 10
+        return found + await measure(url, at_rate, options.threads, options.sessions, options.rate)
+
+
+if __name__ == "__main__":
+    common.quiet()
+    common.run(main())

@@ -1,0 +1,110 @@
+"""What a WhatsApp session costs: memory of its child, and how long a gateway takes from its start to active sessions.
+
+    python -m bench.sessions [--sessions 10]
+
+The real client against the sandbox. Sessions are paired first; then the gateway is stopped and started again, once with
+one session wanted and once with all. Memory is read when all are connected and idle: resident, and proportional (what
+the processes share counted once).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+
+from bench import common
+from bench.common import Figure, figure
+from sandbox.whatsapp.phone import Phone
+from tests.support.stack import Stack
+
+ACTIVE_SECONDS = 90.0
+MOST = 30
+
+
+class Bench:
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+
+    @property
+    def _gateway(self) -> int:
+        assert self.stack.gateway.process is not None
+        return self.stack.gateway.process.pid
+
+    async def run(self, count: int) -> list[Figure]:
+        found = [await self._restart(1)]
+        alone, _ = common.memory_mb(self._gateway)
+        for number in range(1, count):
+            shop = self.stack.sandbox.phone(f"+601234568{number:02}", f"Shop {number}")
+            await self.stack.pair(await self.stack.new_session(), shop)
+        found.append(await self._restart(count))
+        children = [common.memory_mb(pid) for pid in common.whatsapp_children(self._gateway).values()]
+        resident, shared = zip(*children, strict=True)
+        gateway, _ = common.memory_mb(self._gateway)
+        found.append(
+            figure(
+                f"memory of a session's child, {len(children)} idle sessions",
+                f"{sum(resident) / len(children):.0f} MB resident, {sum(shared) / len(children):.0f} MB proportional",
+            )
+        )
+        found.append(
+            figure(
+                "memory of the gateway's own process",
+                f"{alone:.0f} MB with 1 session, {gateway:.0f} MB with {count}",
+            )
+        )
+        return found
+
+    async def _restart(self, count: int) -> Figure:
+        """From the start of the process, embedded database included, to every session active."""
+        await self.stack.gateway.stop()
+        started = time.monotonic()
+        await self.stack.gateway.start()
+        listening = time.monotonic() - started
+        # The embedded server may have been stopped with the gateway; and what the rows said before counts for nothing:
+        # a session is active when the sandbox sees its client and the row says so.
+        await self.stack.reopen_db()
+
+        async def active() -> bool:
+            devices = [device for phone in self._shops() for device in phone.devices]
+            online = sum(self.stack.sandbox.is_online(device) for device in devices)
+            rows = await self.stack.db.fetchval(
+                "SELECT count(*) FROM et_channel_sessions WHERE status = 'active'"
+            )
+            return bool(online >= count and rows >= count)
+
+        await self.stack.until(active, f"{count} sessions are active", ACTIVE_SECONDS)
+        took = time.monotonic() - started
+        return figure(
+            f"start of the gateway to {count} active session{'s' if count > 1 else ''}",
+            f"{took:.1f} s (serving HTTP after {listening:.1f} s)",
+        )
+
+    def _shops(self) -> list[Phone]:
+        return [
+            self.stack.shop,
+            *(p for p in self.stack.sandbox.people if p.devices and p is not self.stack.shop),
+        ]
+
+
+async def main(words: list[str] | None = None) -> list[Figure]:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.sessions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--sessions", type=int, default=10, help=f"at most {MOST}")
+    options = parser.parse_args(words)
+    with tempfile.TemporaryDirectory(prefix="gateway-bench-") as folder:
+        async with asyncio.timeout(400), Stack(Path(folder), None) as stack:
+            print(
+                f"sessions: {common.machine(await common.postgres_version(stack.database_url))}", flush=True
+            )
+            return await Bench(stack).run(min(options.sessions, MOST))
+
+
+if __name__ == "__main__":
+    common.quiet()
+    common.run(main())
