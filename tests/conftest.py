@@ -7,12 +7,22 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from tests.support.postgres import PostgresServer
 
 if TYPE_CHECKING:
     from core.database import Database
+
+# The same examples in every run, and no verdict by the clock: a busy machine is not a wrong answer.
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
