@@ -63,8 +63,11 @@ async def main() -> int:
         title, run, short, full = BENCHES[name]
         try:
             found = await run((full if options.full else short).split())
-        except Exception as error:
+        except Exception as caught:
             failed.append(name)
+            error: BaseException = caught
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
             reason = (str(error).splitlines() or [""])[0][:200]
             found = [common.figure("did not finish", f"{type(error).__name__}: {reason}")]
         sections.append((title, found))

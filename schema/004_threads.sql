@@ -100,9 +100,34 @@ BEGIN
 END
 $$;
 
+-- The active threads of so many rows at once, in their order, NULL where there is none: for writers of batches, which
+-- then pay for one call instead of one a row.
+CREATE OR REPLACE FUNCTION et_active_threads(p_tenants BIGINT[], p_leads BIGINT[], p_sessions BIGINT[])
+RETURNS SETOF BIGINT
+LANGUAGE plpgsql STABLE ROWS 100 SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+BEGIN
+    RETURN QUERY
+    SELECT (
+        SELECT t.id
+        FROM public.et_threads t
+        WHERE t.tenant_id = r.tenant_id
+          AND t.lead_id = r.lead_id
+          AND t.channel_session_id = r.session_id
+          AND t.status = 'active'
+    )
+    FROM unnest(p_tenants, p_leads, p_sessions) AS r (tenant_id, lead_id, session_id);
+END
+$$;
+
+-- A writer that brings complete rows, with the active thread they go to, pays only for this look: a call of the
+-- function is the dearest step of storing a row. Whatever is missing, or says it is from the future, goes through it.
 CREATE OR REPLACE TRIGGER et_messages_before_insert
     BEFORE INSERT ON et_messages
-    FOR EACH ROW EXECUTE FUNCTION et_message_before_insert();
+    FOR EACH ROW
+    WHEN (NEW.thread_id IS NULL OR NEW.channel IS NULL OR NEW.role IS NULL OR NEW.delivery_status IS NULL
+        OR NEW.occurred_at IS NULL OR NEW.occurred_at > clock_timestamp()
+        OR (NEW.sender_identifier IS NULL AND NEW.direction = 'outbound'))
+    EXECUTE FUNCTION et_message_before_insert();
 
 -- last_message_at follows what was really stored, so it belongs after the insert: BEFORE triggers also run for
 -- duplicates. Threads are locked in id order, against deadlocks between two bulk writers.

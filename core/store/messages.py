@@ -48,23 +48,26 @@ class Row(NamedTuple):
 async def insert(conn: Conn, rows: Sequence[Row], lead_ids: Sequence[int]) -> list[Record]:
     """Store what is new; returns id, thread_id and the dedupe key of the new rows. Identities rise in the order given."""
     columns = list(zip(*rows, strict=True))
-    # An array function hands its rows out in order and nothing here sorts or joins: ids rise in order of arrival.
+    # Functions in FROM hand their rows out in order and nothing here sorts or joins: ids rise in order of arrival.
+    # Where there is no active thread yet, the trigger finds or makes it; it would do so for every row, at a price.
     return await conn.fetch(
         """
         INSERT INTO et_messages
             (tenant_id, lead_id, channel_session_id, channel, channel_message_id, channel_timestamp, occurred_at,
              direction, role, sender_identifier, chat_identifier, message_type, content, reply_to_message_id,
-             media_metadata, raw_payload, is_history, placeholder, delivery_status)
+             media_metadata, raw_payload, is_history, placeholder, delivery_status, thread_id)
         SELECT r.tenant_id, r.lead_id, r.session_id, r.channel, r.channel_message_id, r.channel_timestamp,
                to_timestamp(r.occurred_at), r.direction, r.role, r.sender_identifier, r.chat_identifier,
                r.message_type, r.content, r.reply_to_message_id, r.media_metadata::jsonb, r.raw_payload::jsonb,
-               r.is_history, r.placeholder, CASE r.direction WHEN 'inbound' THEN 'received' ELSE 'sent' END
-        FROM unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::bigint[], $7::float8[],
-                    $8::text[], $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[],
-                    $15::text[], $16::text[], $17::boolean[], $18::boolean[])
-            AS r (tenant_id, lead_id, session_id, channel, channel_message_id, channel_timestamp, occurred_at,
-                  direction, role, sender_identifier, chat_identifier, message_type, content, reply_to_message_id,
-                  media_metadata, raw_payload, is_history, placeholder)
+               r.is_history, r.placeholder, CASE r.direction WHEN 'inbound' THEN 'received' ELSE 'sent' END, r.thread_id
+        FROM ROWS FROM (
+                unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::bigint[], $7::float8[],
+                       $8::text[], $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[],
+                       $15::text[], $16::text[], $17::boolean[], $18::boolean[]),
+                et_active_threads($1::bigint[], $2::bigint[], $3::bigint[])
+            ) AS r (tenant_id, lead_id, session_id, channel, channel_message_id, channel_timestamp, occurred_at,
+                    direction, role, sender_identifier, chat_identifier, message_type, content, reply_to_message_id,
+                    media_metadata, raw_payload, is_history, placeholder, thread_id)
         ON CONFLICT (tenant_id, channel_session_id, lead_id, channel_message_id) DO NOTHING
         RETURNING id, thread_id, tenant_id, channel_session_id, lead_id, channel_message_id
         """,
