@@ -77,6 +77,7 @@ class WhatsAppChannel:
             timings=self._timings,
             reporter=self._reporter,
             on_journaled=self._hint,
+            on_stranger=self._stranger,
         )
         self._journal: Journal | None = None
         self._intents: Intents | None = None
@@ -98,7 +99,13 @@ class WhatsAppChannel:
         async with self._changing:
             if self._running:
                 return
-            paired = await asyncio.to_thread(store.device, self._store) is not None
+            try:
+                paired = await asyncio.to_thread(store.device, self._store) is not None
+            except (sqlite3.Error, OSError) as error:
+                logger.error("store.unreadable", session_id=self._context.session_id, error=str(error))
+                self._supervisor.publish(states.disconnected("store_unreadable"))
+                await self._report_only()
+                return
             await self._start(None if paired else self._new_pairing(None))
 
     async def disconnect(self) -> None:
@@ -318,9 +325,12 @@ class WhatsAppChannel:
         supervisor.leaving = False
         supervisor.pairing = pairing
         supervisor.publish(states.pairing() if pairing else states.connecting())
+        await self._report_only()
+        self._run = asyncio.create_task(self._live())
+
+    async def _report_only(self) -> None:
         if not self._tasks:
             self._tasks = [asyncio.create_task(self._guard("reporter", self._reporter.run))]
-        self._run = asyncio.create_task(self._live())
 
     async def _live(self) -> None:
         """The journal's rest first, then WhatsApp."""
@@ -396,6 +406,10 @@ class WhatsAppChannel:
     def _hint(self) -> None:
         if self._pump is not None:
             self._pump.hint()
+
+    def _stranger(self, present: bool) -> None:
+        if self._pump is not None:
+            self._pump.stranger(present)
 
     @property
     def _store(self) -> Path:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Literal
 
 from core.channel import PairingUpdate
 from core.errors import Invalid
@@ -23,7 +22,6 @@ class Pairing:
     code_asked: bool = False
     current: PairingUpdate | None = None
     """What a person sees now, for whoever asks again."""
-    outcome: Literal["paired", "wrong_number"] | None = field(default=None)
 
     def qr(self, code: str, now: datetime | None = None) -> PairingUpdate:
         """The next QR code: the first lasts longest."""

@@ -7,6 +7,7 @@ while the database is away everything stays where it is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import sqlite3
 import time
@@ -56,9 +57,26 @@ class Pump:
         self._kept = False
         self._done: list[int] = []
         self._measured_at = 0.0
+        self._stranger_since: float | None = None
+        self._strangers: list[tuple[float, float]] = []
         self._pruned_at = time.monotonic()
         self.idle = asyncio.Event()
         """Set while the journal holds nothing that is not stored."""
+
+    def stranger(self, present: bool) -> None:
+        """A number that was never meant to be here is linked (until it is logged out): what comes meanwhile is
+        somebody's private mail, which their phone has anyway. It is not stored."""
+        if present and self._stranger_since is None:
+            self._stranger_since = time.time()
+        elif not present and self._stranger_since is not None:
+            self._strangers.append((self._stranger_since, time.time()))
+            self._stranger_since = None
+
+    def _is_strangers(self, entry: Entry) -> bool:
+        since = self._stranger_since
+        if since is not None and entry.appended_at >= since:
+            return True
+        return any(first <= entry.appended_at <= last for first, last in self._strangers)
 
     def hint(self) -> None:
         """Something was journaled."""
@@ -104,6 +122,8 @@ class Pump:
         messages: list[tuple[Entry, InboundMessage]] = []
         updates: list[tuple[Entry, StatusUpdate]] = []
         for entry in entries:
+            if self._is_strangers(entry):
+                continue
             found, receipts = await self._convert(entry)
             messages += [(entry, message) for message in found]
             updates += [(entry, update) for update in receipts]
@@ -132,6 +152,7 @@ class Pump:
         try:
             body = orjson.loads(entry.payload)
             await self._learn_lids(body)
+            await self._learn_own_number()
             converted = convert_event(body, self._context, phone_of=self._lids.get)
             self._count(entry.kind)
             return [await self._recognised(m) for m in converted.messages], converted.updates
@@ -162,6 +183,15 @@ class Pump:
             self._metrics.undecryptable.labels(self._context.channel).inc()
         elif kind == protocol.LOST:
             self._metrics.possible_loss.labels(self._context.channel).inc()
+
+    async def _learn_own_number(self) -> None:
+        """A session that was made before its number was known learns it from the keys."""
+        if self._context.identifier.startswith("+"):
+            return
+        with contextlib.suppress(sqlite3.Error):
+            device = await asyncio.to_thread(store.device, protocol.store_path(self._context.folder))
+            if device is not None:
+                self._context = dataclasses.replace(self._context, identifier=device.identifier)
 
     async def _learn_lids(self, body: object) -> None:
         """Look up phones of LIDs that came without one, so that the same person is the same lead."""

@@ -42,6 +42,8 @@ _DISCONNECTED = {
     "auth_failed": "The phone refused the pairing. Start it again with a new code.",
     "stream_replaced": "The same device was opened elsewhere. Close it there, then connect this session again.",
     "client_outdated": "WhatsApp refuses this version of the client. Update the gateway.",
+    "store_unreadable": "The session's keys under WHATSAPP_SESSION_DIR cannot be read. Mend the folder's rights or "
+    "its disk, or restore it from a backup; otherwise delete the session and pair the number again.",
     "journal_failed": "Messages cannot be written to disk, so none is taken from WhatsApp. Free space under DATA_DIR "
     "or make it writable; the session comes back by itself.",
 }

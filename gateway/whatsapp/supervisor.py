@@ -7,7 +7,6 @@ message and never sends one.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import time
 from collections import Counter
@@ -57,12 +56,14 @@ class Supervisor:
         timings: Timings,
         reporter: Reporter,
         on_journaled: Callable[[], None],
+        on_stranger: Callable[[bool], None],
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._context, self._command = context, tuple(command)
         self._metrics, self._timings, self._reporter = metrics, timings, reporter
-        self._hint, self._clock, self._chance = on_journaled, clock, chance
+        self._hint, self._on_stranger = on_journaled, on_stranger
+        self._clock, self._chance = clock, chance
         self.child: ChildProcess | None = None
         self.link = asyncio.Event()
         """Set while WhatsApp is connected and logged in."""
@@ -100,6 +101,7 @@ class Supervisor:
                 if verdict is not None and verdict.state is not None:
                     if verdict.forget:
                         await asyncio.to_thread(forget_device, self._context.folder)
+                        self._on_stranger(False)
                     self.publish(verdict.state)
                     if verdict.resume_after is None:
                         return
@@ -231,7 +233,7 @@ class Supervisor:
 
     def _close_pairing(self, verdict: Verdict | None) -> None:
         pairing, self.pairing = self.pairing, None
-        if pairing is None or pairing.outcome is not None or verdict is None:
+        if pairing is None or verdict is None:
             return
         kind = "timeout" if verdict.reason == "qr_timeout" else "failed"
         self._reporter.pairing(PairingUpdate(kind=kind, reason=verdict.reason))  # type: ignore[arg-type]
@@ -319,18 +321,23 @@ class Supervisor:
         self._reporter.pairing(pairing.code(answer["code"]))
 
     def _on_paired(self, line: dict[str, Any]) -> None:
-        identifier, pairing = line["identifier"], self.pairing
-        expected = self._context.metadata.get("expected_identifier")
-        if is_expected(identifier, expected):
-            if pairing is not None:
-                pairing.outcome = "paired"
+        identifier = line["identifier"]
+        self.pairing = None
+        self._down_since = self._clock()  # from here on it is a login that may take its time
+        if self._is_wrong(identifier):
+            self._reporter.pairing(PairingUpdate(kind="failed", identifier=identifier, reason="wrong_number"))
+        else:
             self._reporter.pairing(PairingUpdate(kind="paired", identifier=identifier))
-            return
-        # It cannot be logged out before it has logged in: `_on_connected` does.
-        self._wrong = str(expected)
-        if pairing is not None:
-            pairing.outcome = "wrong_number"
-        self._reporter.pairing(PairingUpdate(kind="failed", identifier=identifier, reason="wrong_number"))
+
+    def _is_wrong(self, identifier: str | None) -> bool:
+        """Another number than expected. It cannot be logged out before it has logged in: `_on_connected` does."""
+        expected = self._context.metadata.get("expected_identifier")
+        if identifier is None or is_expected(identifier, expected):
+            return False
+        if self._wrong is None:
+            self._wrong = str(expected)
+            self._on_stranger(True)
+        return True
 
     def _on_pair_error(self, line: dict[str, Any]) -> None:
         logger.warning("pairing.refused", session_id=self._context.session_id, error=line.get("error"))
@@ -344,7 +351,7 @@ class Supervisor:
         self._judge(Verdict(reason, states.disconnected(reason)))
 
     def _on_connected(self, line: dict[str, Any]) -> None:
-        if self._wrong is not None:
+        if self._is_wrong(line.get("identifier")) and self._wrong is not None:
             self._job(self._log_out_wrong_number(self._wrong))
             return
         self._cancel_grace()
@@ -360,8 +367,11 @@ class Supervisor:
 
     async def _log_out_wrong_number(self, expected: str) -> None:
         assert self.child is not None
-        with contextlib.suppress(ChildGone, ChildTimeout, ChildRefused):
+        try:
             await self.child.ask("logout", seconds=self._timings.logout)
+        except (ChildGone, ChildTimeout, ChildRefused) as error:
+            self._judge(Verdict(f"wrong_number not logged out yet: {error}"))  # the next child tries again
+            return
         self._wrong = None
         state = states.logged_out("wrong_number", expected=expected)
         self._judge(Verdict("wrong_number", state, forget=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -29,7 +31,7 @@ from gateway.whatsapp.protocol import journal_path
 from gateway.whatsapp.timings import Timings
 from sandbox.whatsapp.phone import Phone
 from sandbox.whatsapp.sandbox import WhatsAppSandbox
-from sandbox.whatsapp.world import Device
+from sandbox.whatsapp.world import Device, load, save
 from tests.support.whatsapp_sink import MemorySink
 
 QUICK = Timings(
@@ -121,11 +123,57 @@ def make_session(
     return Session(wa, channel, sink, context, metrics, wa.phone(number, "Shop"))
 
 
+@dataclass(frozen=True)
+class Template:
+    """A sandbox and a session that were paired once; copies of them are cheap, pairing is not (812 keys)."""
+
+    sandbox: Path
+    session: Path
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="package")
+async def template(tmp_path_factory: pytest.TempPathFactory) -> Template:
+    folder = tmp_path_factory.mktemp("paired")
+    with pytest.MonkeyPatch.context() as patch:
+        async with WhatsAppSandbox(folder / "sandbox") as wa:
+            for name, value in wa.launch_env().items():
+                patch.setenv(name, value)
+            session = make_session(wa, folder / "session")
+            try:
+                await session.pair()
+            finally:
+                await session.channel.disconnect()
+    state = folder / "sandbox" / "state.pickle"
+    world = load(state)
+    assert world is not None
+    world.ports.clear()  # each copy listens on ports of its own
+    save(world, state, clean=True)
+    return Template(folder / "sandbox", folder / "session")
+
+
+@contextlib.asynccontextmanager
+async def sandbox_at(folder: Path) -> AsyncIterator[WhatsAppSandbox]:
+    """A running sandbox, and the environment that leads children to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        async with WhatsAppSandbox(folder) as wa:
+            for name, value in wa.launch_env().items():
+                patch.setenv(name, value)
+            yield wa
+
+
+async def resume(wa: WhatsAppSandbox, folder: Path) -> Session:
+    """A session of the template, active again."""
+    session = make_session(wa, folder)
+    [session.device] = session.shop.devices
+    await session.channel.connect()
+    await session.sink.stands("active", timeout=40)
+    await wa.wait_online(session.device)
+    return session
+
+
 @pytest_asyncio.fixture
-async def wa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[WhatsAppSandbox]:
-    async with WhatsAppSandbox(tmp_path / "sandbox") as sandbox:
-        for name, value in sandbox.launch_env().items():
-            monkeypatch.setenv(name, value)
+async def wa(tmp_path: Path) -> AsyncIterator[WhatsAppSandbox]:
+    async with sandbox_at(tmp_path / "sandbox") as sandbox:
         yield sandbox
 
 
@@ -143,13 +191,20 @@ async def session_of(wa: WhatsAppSandbox, tmp_path: Path) -> AsyncIterator[Opene
 
 
 @pytest_asyncio.fixture
-async def session(session_of: Opener) -> Session:
-    """A paired, active session."""
-    opened = session_of()
-    await opened.pair()
-    return opened
+async def session(template: Template, tmp_path: Path) -> AsyncIterator[Session]:
+    """A paired, active session on a sandbox of its own."""
+    shutil.copytree(template.sandbox, tmp_path / "sandbox")
+    shutil.copytree(template.session, tmp_path / "session")
+    async with sandbox_at(tmp_path / "sandbox") as wa:
+        opened = None
+        try:
+            opened = await resume(wa, tmp_path / "session")
+            yield opened
+        finally:
+            if opened is not None:
+                await opened.channel.disconnect()
 
 
 @pytest.fixture
-def mei(wa: WhatsAppSandbox) -> Phone:
-    return wa.person("+60111222333", "Mei", auto_receipts=None)
+def mei(session: Session) -> Phone:
+    return session.wa.person("+60111222333", "Mei", auto_receipts=None)

@@ -18,7 +18,7 @@ from core.errors import NotSentError, ThrottledError, UnknownOutcomeError
 from gateway.whatsapp.folder import FolderLock
 from gateway.whatsapp.protocol import Exit
 from sandbox.whatsapp.phone import Phone
-from tests.integration.whatsapp.conftest import QUICK, Opener, Session
+from tests.integration.whatsapp.conftest import QUICK, Session, make_session
 from tests.support.whatsapp_sink import alive, until
 
 
@@ -119,16 +119,18 @@ async def test_the_child_dies_with_its_parent(session: Session, tmp_path: Path) 
         pass
 
 
-async def test_a_taker_ends_the_recorded_child_and_gets_the_folder(
-    session: Session, session_of: Opener
-) -> None:
+async def test_a_taker_ends_the_recorded_child_and_gets_the_folder(session: Session) -> None:
     old = session.pid
-    taker = session_of(folder=session.context.folder)
+    taker = make_session(session.wa, session.context.folder)
     os.kill(old, signal.SIGSTOP)  # its gateway is hung as well, as far as anyone can see
     session.channel._supervisor._timings = dataclasses.replace(QUICK, ping=30.0)
-    await taker.channel.connect()
-    await taker.sink.stands("active")
-    await gone(old)
+    try:
+        await taker.channel.connect()
+        await taker.sink.stands("active")
+        await gone(old)
+    finally:
+        await session.channel.disconnect()
+        await taker.channel.disconnect()
 
 
 async def test_a_child_does_not_work_in_a_folder_that_somebody_holds(session: Session) -> None:

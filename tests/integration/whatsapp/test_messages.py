@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
 
 import pytest
@@ -10,26 +11,23 @@ import pytest_asyncio
 from core.channel import MessageType, Quoted
 from core.errors import RefusedError, ThrottledError
 from sandbox.whatsapp.phone import Phone
-from sandbox.whatsapp.sandbox import WhatsAppSandbox
-from tests.integration.whatsapp.conftest import Session, make_session
+from tests.integration.whatsapp.conftest import Session, Template, resume, sandbox_at
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Session]:
-    """One paired session for the whole module: none of these tests breaks it."""
+async def shared(template: Template, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Session]:
+    """One session for the whole module: none of these tests breaks it."""
     folder = tmp_path_factory.mktemp("messages")
-    async with WhatsAppSandbox(folder / "sandbox") as wa:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in wa.launch_env().items():
-                patch.setenv(name, value)
-            session = make_session(wa, folder / "session")
-            try:
-                await session.pair()
-                yield session
-            finally:
-                await session.channel.disconnect()
+    shutil.copytree(template.sandbox, folder / "sandbox")
+    shutil.copytree(template.session, folder / "session")
+    async with sandbox_at(folder / "sandbox") as wa:
+        session = await resume(wa, folder / "session")
+        try:
+            yield session
+        finally:
+            await session.channel.disconnect()
 
 
 @pytest.fixture

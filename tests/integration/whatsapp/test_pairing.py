@@ -10,13 +10,12 @@ import pytest
 from core.errors import Conflict
 from gateway.whatsapp import store
 from gateway.whatsapp.protocol import store_path
-from sandbox.whatsapp.phone import Phone
 from sandbox.whatsapp.sandbox import WhatsAppSandbox
 from tests.integration.whatsapp.conftest import QUICK, Opener, Session
-from tests.support.whatsapp_sink import alive
+from tests.support.whatsapp_sink import alive, until
 
 
-async def test_a_scan_of_the_qr_makes_the_session_active(session_of: Opener, mei: Phone) -> None:
+async def test_a_scan_of_the_qr_makes_the_session_active(session_of: Opener) -> None:
     session = session_of()
     await session.channel.connect()  # never paired: connecting offers a code
     assert session.channel.state.status == "pairing"
@@ -80,9 +79,15 @@ async def test_another_number_than_expected_is_logged_out_again(
     session_of: Opener, wa: WhatsAppSandbox
 ) -> None:
     session = session_of("+60155555555", metadata={"expected_identifier": "+60123456789"})
+    mei = wa.person("+60111222333", "Mei", auto_receipts=None)
     await session.channel.pair_qr()
-    await session.shop.scan(await session.sink.code())
+    device = await session.shop.scan(await session.sink.code())
+    await until(lambda: bool(device.one_time))  # its keys are there: it can be written to
+    private = await mei.send_text(session.shop, "for the owner of that number alone")
     state = await session.sink.stands("logged_out", "wrong_number")
+    assert device not in session.shop.devices
+    await session.channel.disconnect()
+    assert private not in {m.channel_message_id for m in session.sink.calls}
     assert "+60123456789" in (state.action or "")
     assert session.shop.devices == []
     assert [u.kind for u in session.sink.pairings if u.kind != "qr"] == ["failed"]
@@ -103,3 +108,12 @@ async def test_logging_out_a_stopped_session_tells_whatsapp_too(session: Session
     await session.channel.logout()
     assert session.shop.devices == []
     assert not store_path(session.context.folder).exists()
+
+
+async def test_keys_that_cannot_be_read_are_said_and_not_replaced(session_of: Opener) -> None:
+    session = session_of()
+    store_path(session.context.folder).write_bytes(b"not a database" * 100)
+    await session.channel.connect()
+    state = await session.sink.stands("disconnected", "store_unreadable")
+    assert "pair the number again" in (state.action or "")
+    assert store_path(session.context.folder).read_bytes().startswith(b"not a database")
