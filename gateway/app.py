@@ -36,6 +36,7 @@ from gateway import console
 from gateway.api import Runner, Services, WebhookSpool, ensure_platform_key, make_app
 from gateway.api.problems import Problem
 from gateway.api.routing import KEYS
+from gateway.media import MediaStore, MediaWorker, OutgoingMedia
 from gateway.sessions import SessionManager
 from gateway.whatsapp.channel import WhatsAppChannel
 from gateway.whatsapp.convert import convert_webhook
@@ -103,9 +104,19 @@ class Gateway:
         kinds = registry(settings, metrics)
         self.ingest = Ingest(self.database, metrics)
         await self._run(self.ingest.start, self.ingest.stop)
+        store = MediaStore(writable_directory(settings.media_dir))
+        media = OutgoingMedia(self.database, store, metrics=metrics)
         self.sessions = SessionManager(
-            self.database, self.ingest, metrics, kinds, settings, owner=self.owner, keys=keys
+            self.database,
+            self.ingest,
+            metrics,
+            kinds,
+            settings,
+            owner=self.owner,
+            keys=keys,
+            prepare=media.prepare,
         )
+        self.downloads = MediaWorker(self.database, metrics, store, self.sessions)
         self.outbound = OutboundWorker(
             self.database,
             metrics,
@@ -126,6 +137,7 @@ class Gateway:
         self.spool = WebhookSpool(journal, self.database, self.ingest, kinds, metrics)
         # Stopped the other way round: first nothing new is decided or claimed, calls under way end, then the sessions.
         await self._run(self.sessions.start, self.sessions.stop)
+        await self._run(self.downloads.start, self.downloads.stop)
         await self._run(self.spool.start, self.spool.stop)
         await self._run(self.outbound.start, self.outbound.stop)
         if "worker" not in self.without:
@@ -144,6 +156,8 @@ class Gateway:
             registry=kinds,
             keys=keys,
             owner=self.owner,
+            downloads=self.downloads,
+            media=media,
         )
         app = make_app(services)
         console.install(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -44,6 +44,8 @@ from gateway.session_writer import StateWriter
 log = logs.get(part="sessions")
 T = TypeVar("T")
 
+WRONG_NUMBER = "wrong_number"
+
 
 @dataclass(frozen=True, slots=True)
 class ManagerTimings:
@@ -73,10 +75,13 @@ class SessionManager:
         *,
         owner: str,
         keys: KeyRing | None = None,
+        prepare: Callable[[OutboundMessage], Awaitable[OutboundMessage]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         timings: ManagerTimings | None = None,
     ) -> None:
+        """`prepare` completes a message just before its channel is called: it brings the file that `media_url` names."""
         self.owner = owner
+        self._prepare = prepare
         self.changed = asyncio.Event()
         self._db = db
         self._ingest = ingest
@@ -169,6 +174,9 @@ class SessionManager:
         runner = self._runners.get(message.attempt.session_id)
         if runner is None or not runner.active or runner.channel is None:
             raise NotReady("the session is not connected here at the moment")
+        if self._prepare is not None:  # nothing has been sent yet, so a failure here is a definite not-sent
+            message = await self._prepare(message)
+        # Asked last: fetching a file may outlast the proof.
         if self.ownership.until(message.attempt.session_id) <= self._clock():
             raise NotReady("this gateway cannot prove that the session is its own at the moment")
         return await runner.channel.send(message)
@@ -385,6 +393,9 @@ class SessionManager:
                      result=state.status.value, error=state.reason, action=state.action)  # fmt: skip
         if state.status is SessionStatus.LOGGED_OUT and before.status is not SessionStatus.LOGGED_OUT:
             self._writer.audit(runner.row, "session_logged_out", {"reason": state.reason})
+            if state.reason == WRONG_NUMBER and runner.row.pending:
+                update = PairingUpdate("failed", reason=WRONG_NUMBER)
+                self._writer.pairing(runner.session_id, update, stop=True)
         if runner.active:
             self.changed.set()
         self._count_active()
@@ -394,6 +405,8 @@ class SessionManager:
                  result=update.kind, error=update.reason)  # fmt: skip
         # A pairing that ended without a phone is not begun again by itself.
         over = update.kind in ("timeout", "failed") and runner.row.pending
+        # Stopped now, a stranger's phone would keep its link: the channel logs it out first, and says so in its state.
+        over = over and update.reason != WRONG_NUMBER
         self._writer.pairing(runner.session_id, update, stop=over)
 
     def identified(self, runner: Runner, identifier: str, *, paired: bool) -> None:

@@ -72,6 +72,7 @@ class Services:
     sessions: Sessions | None = None
     inbound: Worker | None = None
     outbound: Outbound | None = None
+    downloads: Worker | None = None
     media: OutgoingMedia | None = None
     """Unset: one of the API's own, over the same folder."""
     limits: Limits = Limits()
