@@ -95,6 +95,11 @@ class WhatsAppChannel:
     def state(self) -> SessionState:
         return self._supervisor.state
 
+    @property
+    def healthy(self) -> bool:
+        """False when a background part has died for good; `_guard` starts each again, so that would be a bug."""
+        return not any(task.done() for task in self._tasks)
+
     async def connect(self) -> None:
         async with self._changing:
             if self._running:
