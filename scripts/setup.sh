@@ -1,5 +1,5 @@
 # Sourced by scripts/demo and scripts/test: a Python, a virtual environment in .venv, and the system parts asked for.
-# setup EXTRA PART...   installs this project with the extra into .venv and makes sure of each part: libmagic postgres promtool
+# setup EXTRA PART...   installs this project with the extra into .venv and makes sure of each part: libmagic postgres promtool chromium
 
 fail() { echo "$*" >&2; exit 1; }
 
@@ -16,11 +16,12 @@ have() {
     libmagic) .venv/bin/python -c 'import ctypes.util, sys; sys.exit(not ctypes.util.find_library("magic"))' ;;
     postgres) ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 ;;
     promtool) command -v promtool >/dev/null 2>&1 ;;
+    chromium) [ -x /usr/bin/chromium ] ;;
   esac
 }
 
 package_of() {
-  case "$1" in libmagic) echo libmagic1 ;; postgres) echo postgresql ;; promtool) echo prometheus ;; esac
+  case "$1" in libmagic) echo libmagic1 ;; postgres) echo postgresql ;; promtool) echo prometheus ;; chromium) echo chromium ;; esac
 }
 
 ensure_part() {

@@ -316,7 +316,9 @@ class Demo:
         )
         lines = [
             "",
-            f"The demo stays up; Ctrl-C ends it. API: {url}, in a browser: {url}/docs, key: {PLATFORM_KEY}",
+            f"The console: {url}/",
+            f"  Sign in with {PLATFORM_KEY}: pair a number, watch messages arrive, answer as a person.",
+            f"The demo stays up; Ctrl-C ends it. API: {url}, described at {url}/docs, the same key.",
             "  Write as the customer: type a line here and press Enter, or",
             f'    curl -s {admin}/people/{CUSTOMER_NUMBER[1:]}/send -d \'{{"to": "{SHOP_NUMBER}", "text": "how much?"}}\'',
             "  A second number to pair: its QR, and a phone of the sandbox that scans it",

@@ -84,6 +84,8 @@ class LiveView:
                     await _write(response, chunk or b": alive\n\n")
                 await asyncio.sleep(GAP_SECONDS)
                 await _first(subscription.wait(POLL_SECONDS), page.console.closing.wait())
+        except ConnectionResetError:
+            pass  # the browser has gone; nobody is left to answer
         finally:
             subscription.close()
         return response

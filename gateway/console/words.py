@@ -69,7 +69,6 @@ WHY = {
     "opted_out": "this person opted out",
     "opt_out": "they asked not to be contacted",
     "opt_in": "they may be contacted again",
-    "handled_by_human": "a person answers here",
     "own_message": "it is our own message",
     "reply_cap": "the limit of automatic replies was reached",
     "automatic_message": "an automatic message",
@@ -212,8 +211,10 @@ def decision(message: Row) -> str | None:
     action = message["decision_action"]
     if action is None:
         return "Could not be answered: see the log" if message["delivery_status"] == "inbound_error" else None
-    text = DECISIONS.get(action, str(action).replace("_", " "))
     reason = message["decision_reason"]
+    if reason == "handled_by_human":
+        return "Left to the person who answers"
+    text = DECISIONS.get(action, str(action).replace("_", " "))
     if reason and action != "auto_reply":
         text += f": {WHY.get(reason, str(reason).replace('_', ' '))}"
     elif message["decision_label"]:
