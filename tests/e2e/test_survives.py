@@ -9,6 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import asyncpg
+
+from core.database import connect
+from core.errors import GatewayError
 from tests.support.stack import Stack, kill
 
 RULES = {"rules": [{"name": "echo", "when": {"any": ["number"]}, "reply": "noted", "label": "other"}]}
@@ -34,12 +38,17 @@ class Chatter:
 
     async def _write(self) -> None:
         number = 0
+        backend = await connect(self.stack.database_url)
+        self._backends = [backend]
         while True:
             person = self.people[number % len(self.people)]
             self.written.append(await person.send_text(self.stack.shop, f"{number}"))
             if number % 3 == 0:
                 try:
-                    row = await self.stack.db.fetchrow(
+                    if backend.is_closed():
+                        backend = await connect(self.stack.database_url)
+                        self._backends.append(backend)
+                    row = await backend.fetchrow(
                         "SELECT * FROM et_enqueue_outbound($1, $2, $3, $4, 'text', NULL, $5)",
                         self.stack.tenant,
                         self.stack.session,
@@ -48,15 +57,19 @@ class Chatter:
                         f"order-{number}",
                     )
                     self.enqueued.append(row["queue_id"])
-                except Exception:
-                    await asyncio.sleep(0.05)  # the database is being killed: a backend would try again
+                except (GatewayError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                    backend.terminate()  # the database is being killed: a backend would try again
             number += 1
             await asyncio.sleep(0.03)
 
     async def __aexit__(self, *_: object) -> None:
         assert self._task is not None
+        if self._task.done():
+            self._task.result()  # it should still be at it
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        for backend in self._backends:
+            backend.terminate()
 
     async def settle(self) -> None:
         """Everything written is stored once, everything enqueued was sent once or says that nobody knows."""
