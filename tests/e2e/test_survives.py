@@ -9,11 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import asyncpg
-
 from core.database import connect
 from core.errors import GatewayError
-from tests.support.stack import Stack, kill
+from tests.support.stack import LOST, Stack, kill
 
 RULES = {"rules": [{"name": "echo", "when": {"any": ["number"]}, "reply": "noted", "label": "other"}]}
 
@@ -57,7 +55,7 @@ class Chatter:
                         f"order-{number}",
                     )
                     self.enqueued.append(row["queue_id"])
-                except (GatewayError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                except (GatewayError, *LOST):
                     backend.terminate()  # the database is being killed: a backend would try again
             number += 1
             await asyncio.sleep(0.03)

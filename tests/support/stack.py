@@ -18,6 +18,8 @@ from sandbox.whatsapp.sandbox import WhatsAppSandbox
 from tests.support.gateway import GatewayProcess
 
 SHOP = "+60123456789"
+LOST = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What asyncpg raises when the server it talks to is killed."""
 
 
 class Stack:
@@ -110,7 +112,7 @@ class Stack:
             try:
                 if answer := await look():
                     return answer
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            except LOST:
                 await self.reopen_soon()
             await asyncio.sleep(0.02)
         raise AssertionError(f"not within {within} s: {what}\n{self.gateway.tail()}")
