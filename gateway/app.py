@@ -165,6 +165,7 @@ class Gateway:
             db=self.database,
             authenticate=_key_checker(app),
             channels=[n for n, k in kinds.items() if k.factory],
+            media=media,
         )
         await self._listen(app)
         lag = asyncio.create_task(self._measure_lag(), name="loop-lag")

@@ -323,7 +323,7 @@ class Demo:
             f'    curl -s {admin}/people/{CUSTOMER_NUMBER[1:]}/send -d \'{{"to": "{SHOP_NUMBER}", "text": "how much?"}}\'',
             "  A second number to pair: its QR, and a phone of the sandbox that scans it",
             f"    curl -s {url}/sessions/{tenant}/{spare}/qr {auth} -H 'Accept: text/plain'",
-            f'    curl -s {admin}/people/{SPARE_NUMBER[1:]}/scan -d \'{{"qr": "…"}}\'   # the code: Accept: application/json',
+            f'    curl -s {admin}/people/{SPARE_NUMBER[1:]}/scan -d \'{{"qr": "…"}}\'   # code: Accept: application/json',
             "  Send as a backend:",
             f"    psql '{self.gateway.database_url}' -c \"SELECT {enqueue}\"",
             "",

@@ -12,7 +12,7 @@ import jinja2
 from aiohttp import web
 
 from core.database import Database
-from gateway.console import conversations, numbers, sign_in, words
+from gateway.console import conversations, files, numbers, sign_in, words
 from gateway.console.access import Visitors
 from gateway.console.page import CONSOLE, Authenticate, Console, PageError, Plain, error_page, page, plain
 
@@ -24,10 +24,15 @@ _THREAD = _TENANT + r"/threads/{thread:\d{1,19}}"
 
 
 def install(
-    app: web.Application, *, db: Database, authenticate: Authenticate, channels: Collection[str]
+    app: web.Application,
+    *,
+    db: Database,
+    authenticate: Authenticate,
+    channels: Collection[str],
+    media: files.Media | None = None,
 ) -> None:
     """Add the console to an application. `authenticate` proves an API key or raises `SignInRefused`."""
-    app[CONSOLE] = console = Console(db, authenticate, Visitors(db), frozenset(channels))
+    app[CONSOLE] = console = Console(db, authenticate, Visitors(db), frozenset(channels), media)
     assets = _Assets()
     aiohttp_jinja2.setup(
         app,
@@ -75,6 +80,7 @@ def _routes() -> list[tuple[str, str, Plain]]:
         ("POST", _SESSION + "/log-out", page(numbers.logout, "sessions")),
         ("GET", _TENANT + "/messages", page(messages.show, "read")),
         ("GET", _TENANT + "/messages/stream", page(messages.stream, "read")),
+        ("GET", _TENANT + r"/messages/{message:\d{1,19}}/file", page(files.serve, "read")),
         ("GET", _TENANT + "/threads", page(threads.show, "read")),
         ("GET", _TENANT + "/threads/stream", page(threads.stream, "read")),
         ("GET", _THREAD, page(conversations.thread, "read")),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 from zoneinfo import ZoneInfo
 
@@ -24,12 +24,15 @@ from core.store import audit, tenants
 from gateway.console import words
 from gateway.console.access import COOKIE, FormGuard, Notice, Principal, Scope, Visitor, Visitors, same
 
+if TYPE_CHECKING:
+    from gateway.console.files import Media
+
 log = logs.get(part="console")
 
 Authenticate = Callable[[str], Awaitable[Principal]]
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self';"
-    " base-uri 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; media-src 'self'; connect-src 'self';"
+    " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 MAX_ID = 2**63 - 1
 
@@ -43,6 +46,7 @@ class Console:
     visitors: Visitors
     channels: frozenset[str]
     """Those that a number can be added for."""
+    media: Media | None = None
     guard: FormGuard = field(default_factory=FormGuard)
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server stops: open streams end."""
@@ -218,9 +222,21 @@ def _explained(error: Exception) -> PageError:
     )
 
 
+async def fields(request: web.Request) -> dict[str, str]:
+    """What a form of ours posted. Raises the 415 or 422 page for anything that no form of ours sends."""
+    if request.content_type != "application/x-www-form-urlencoded":
+        raise PageError(
+            415, "That is not a form of this console", "For programs there is the API: see /docs."
+        )
+    try:
+        posted = await request.post()
+    except (ValueError, LookupError):  # an encoding that does not fit, or that nobody knows
+        raise PageError(422, "This form could not be read", "Go back, reload the page, try again.") from None
+    return {name: value for name, value in posted.items() if isinstance(value, str)}
+
+
 async def _form(request: web.Request, visitor: Visitor) -> dict[str, str]:
-    posted = await request.post()
-    form = {name: value for name, value in posted.items() if isinstance(value, str)}
+    form = await fields(request)
     if not same(form.get("csrf", ""), visitor.csrf):
         raise PageError(
             403,

@@ -8,7 +8,7 @@ from aiohttp import web
 from core import log as logs
 from core.store import tenants
 from gateway.console.access import COOKIE, FORM_COOKIE, LIFE_SECONDS, SignInRefused, Visitor
-from gateway.console.page import CONSOLE, Page, PageError, html, local
+from gateway.console.page import CONSOLE, Page, PageError, fields, html, local
 
 log = logs.get(part="console")
 
@@ -26,16 +26,16 @@ async def front(request: web.Request) -> web.StreamResponse:
 
 async def sign_in(request: web.Request) -> web.StreamResponse:
     console = request.app[CONSOLE]
-    form = await request.post()
-    going_to = local(_text(form.get("next")))
-    if not console.guard.matches(request.cookies.get(FORM_COOKIE), _text(form.get("csrf"))):
+    form = await fields(request)
+    going_to = local(form.get("next"))
+    if not console.guard.matches(request.cookies.get(FORM_COOKIE), form.get("csrf", "")):
         return _form(
             request,
             going_to=going_to,
             status=403,
             error="This form had grown old, or your browser refuses cookies. Please try again.",
         )
-    key = _text(form.get("key")).strip()
+    key = form.get("key", "").strip()
     if not key:
         return _form(request, going_to=going_to, status=422, error="Enter an API key.")
     try:
@@ -117,7 +117,3 @@ def _set(
 
 def _home(visitor: Visitor) -> str:
     return "/console" if visitor.tenant_id is None else f"/console/{visitor.tenant_id}"
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""

@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 
 from asyncpg import Record
 
-from gateway.console import words
+from gateway.console import files, words
 
 SNIPPET = 120
 
@@ -34,6 +34,10 @@ class Bubble:
     quote: str | None = None
     edited: bool = False
     deleted: bool = False
+    shown_as: str | None = None
+    """`image`, `video`, `audio` or `file` when there is a file to show."""
+    size: tuple[int, int] | None = None
+    """Of a picture, in pixels, so that nothing jumps when it comes."""
     reactions: list[str] = field(default_factory=list)
 
 
@@ -100,6 +104,8 @@ def _bubble(row: Record, where: ZoneInfo, *, group: bool) -> Bubble:
         origin=words.origin(row),
         tick=words.tick(row),
         decision=words.decision(row) if inbound else None,
+        shown_as=files.shown_as(media),
+        size=_size(media),
     )
 
 
@@ -111,6 +117,13 @@ def _file(media: dict[str, Any]) -> str | None:
     if media.get("state") == "failed":
         parts.append("could not be fetched")
     return ", ".join(parts) or None
+
+
+def _size(media: dict[str, Any]) -> tuple[int, int] | None:
+    width, height = media.get("width"), media.get("height")
+    if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
+        return width, height
+    return None
 
 
 def snippet(content: str | None, kind: str | None) -> str:

@@ -97,7 +97,7 @@ KINDS = {
     "deleted": "Deleted message",
     "unsupported": "Message of another kind",
 }
-ORIGINS = {"console": "A person here", "phone": "Typed on the phone", "api": "By the API", "agent": "Agent"}
+ORIGINS = {"console": "A person", "phone": "Typed on the phone", "api": "By the API", "agent": "Agent"}
 CHANNELS = {"whatsapp": "WhatsApp", "email": "E-mail", "telegram": "Telegram"}
 
 
@@ -109,7 +109,7 @@ class Standing:
     tone: Tone
     reason: str | None
     action: str | None
-    step: Literal["pair", "connect", "wait", "none"]
+    step: Literal["pair", "watch", "connect", "wait", "none"]
     """The button that leads on."""
 
 
@@ -125,7 +125,7 @@ def standing(session: SessionRow) -> Standing:
         )
     if pairable(session):
         if linking(session):
-            return Standing("Waiting for the phone", "busy", reason, session.action, "wait")
+            return Standing("Waiting for the phone", "busy", reason, session.action, "watch")
         if session.status == SessionStatus.DISCONNECTED:
             label = "Not linked"
         advice = session.action or "Link it with the phone: scan a QR code or enter a code."

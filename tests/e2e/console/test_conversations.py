@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from gateway.media import MediaStore
 from tests.e2e.console.conftest import Shop
 from tests.support.browser import PHONE, Desk
 
@@ -35,7 +38,7 @@ async def test_a_message_arrives_live_and_a_person_answers_until_the_agent_is_gi
     assert got.text == "Hi Mei, shall I keep one?\n<script>alert(1)</script>"
     last = desk.page.locator(".bubble").last
     await last.locator(".tick.blue").wait_for()
-    assert "A person here" in await last.inner_text()
+    assert "A person" in await last.inner_text()
     assert await desk.page.input_value("#text") == ""
     await desk.sees("A person answers", "#thread-state")
 
@@ -80,6 +83,55 @@ async def test_what_did_not_go_out_is_told_in_words(desk: Desk, shop: Shop) -> N
     await desk.sees("Not sent. This number is not on WhatsApp.", "#timeline")
     await desk.sees("Not known whether it arrived. The connection was cut", "#timeline")
     assert await desk.page.locator(".bubble.troubled").count() == 2
+
+
+async def give(shop: Shop, text: str, message_type: str, data: bytes, **about: object) -> None:
+    """Turn a stored text into a message with a file, as it is after the download."""
+    store = MediaStore(Path(shop.gateway.environ["DATA_DIR"]) / "media")
+    async with store.draft(limit=1 << 20) as draft:
+        await draft.write(data)
+        kept = await draft.keep()
+    await shop.sql(
+        "INSERT INTO et_media_files (tenant_id, sha256, size) VALUES ($1, $2, $3)",
+        shop.tenant,
+        kept.sha256,
+        len(data),
+    )
+    await shop.until(
+        "UPDATE et_messages SET message_type = $3, media_metadata = $4 WHERE tenant_id = $1 AND content = $2 RETURNING id",
+        shop.tenant,
+        text,
+        message_type,
+        {"state": "stored", "sha256": kept.sha256, "size": len(data), **about},
+    )
+
+
+async def test_a_picture_is_shown_and_what_could_run_is_only_saved(desk: Desk, shop: Shop) -> None:
+    await shop.paired()
+    await shop.mei.send_text(shop.phone, "Like this one?")
+    await desk.page.goto(f"{desk.url}{shop.path}/threads")
+    await desk.page.click("#threads a")
+    await desk.live()
+    picture = io.BytesIO()
+    Image.new("RGB", (320, 200), "#b5651d").save(picture, "PNG")
+    await give(
+        shop, "Like this one?", "image", picture.getvalue(), mime_type="image/png", width=320, height=200
+    )
+    image = desk.page.locator(".bubble img")
+    await image.wait_for()
+    await desk.page.wait_for_function("document.querySelector('.bubble img').naturalWidth === 320")
+    assert await image.get_attribute("alt") == "Picture: Like this one?"
+
+    page = b"<script>document.title = 'taken over'</script>"
+    await shop.mei.send_text(shop.phone, "The menu")
+    await give(shop, "The menu", "document", page, mime_type="text/html", filename="menu.html")
+    link = desk.page.locator(".bubble a", has_text="menu.html")
+    await link.wait_for()
+    address = desk.url + str(await link.get_attribute("href"))
+    answer = await desk.context.request.get(address)
+    assert answer.headers["content-type"] == "application/octet-stream"
+    assert answer.headers["content-disposition"].startswith("attachment")
+    assert await answer.body() == page
 
 
 async def test_nothing_can_be_written_to_a_number_that_is_logged_out(desk: Desk, shop: Shop) -> None:

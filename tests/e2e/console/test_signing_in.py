@@ -153,6 +153,18 @@ async def test_pages_say_what_is_wrong_and_let_nothing_in(visitor: Visitor, shop
         assert (status, "Start from the beginning" in text) == (404, True), path
     assert (await visitor.get(f"{shop.path}/threads?q=%00%25_%5C&show=nonsense&last=9"))[0] == 200
     assert (await visitor.get(f"{shop.path}", Cookie="tz=../../etc/passwd"))[0] == 200
+    for path in ("/console/sign-in", f"{shop.path}/numbers"):
+        for status, kind, body in (
+            (415, "application/json", b"{}"),
+            (415, "multipart/form-data; boundary=x", b"--nothing"),
+            (422, "application/x-www-form-urlencoded; charset=nothing", b"csrf=x"),
+            (422, "application/x-www-form-urlencoded; charset=ascii", "csrf=ß".encode()),
+            (413, "application/x-www-form-urlencoded", b"csrf=" + b"x" * (2 << 20)),
+        ):
+            async with visitor.http.post(
+                visitor.url + path, data=body, headers={"Content-Type": kind}
+            ) as refused:
+                assert (refused.status, refused.content_type) == (status, "text/html"), (path, kind)
     async with visitor.http.get(visitor.url + shop.path) as answer:
         policy = answer.headers["Content-Security-Policy"]
         assert (answer.headers["Cache-Control"], answer.headers["X-Content-Type-Options"]) == (
