@@ -159,11 +159,18 @@ class Gate:
         """The message is durable: what acknowledges it may leave. `senders`: its sender in every known form."""
         keys = [key_of(message_id, sender) for sender in senders]
         with self._changed:
+            # The receipt of a message that comes once more need not wait, and may have left before this call.
+            again = any(key in self._stored for key in keys)
             for key in keys:
                 self._remember(key)
                 self._heal.pop(key, None)
                 self._trouble.pop(key, None)
-            if confirmed_later and keys and not any(set(held.keys) & set(keys) for held in self._held):
+            if (
+                confirmed_later
+                and keys
+                and not again
+                and not any(set(held.keys) & set(keys) for held in self._held)
+            ):
                 self._unconfirmed[keys[0]] = self._clock() + self._timings.alarm
             self._changed.notify_all()
 

@@ -300,11 +300,20 @@ def _link_lost(gate: Gate) -> None:
     gate.disconnected()
 
 
+def _receipt_of_a_repeat_first(gate: Gate) -> None:
+    _receipt_before(gate)
+    assert Goroutine(gate, RECEIPT).left
+    gate.stored("A1", [MEI])
+
+
 def _no_receipt_expected(gate: Gate) -> None:
     gate.stored("A1", [MEI], confirmed_later=False)
 
 
-@pytest.mark.parametrize("story", [_receipt_before, _receipt_after, _link_lost, _no_receipt_expected])
+@pytest.mark.parametrize(
+    "story",
+    [_receipt_before, _receipt_after, _receipt_of_a_repeat_first, _link_lost, _no_receipt_expected],
+)
 def test_no_alarm_without_reason(gate: Gate, clock: Clock, story: Callable[[Gate], None]) -> None:
     story(gate)
     clock.now += 100
