@@ -23,6 +23,7 @@ _ALLOWED = {
     "LOG_LEVEL": "debug, info, warning or error",
     "INBOUND_POLL_SECONDS": "a number from 0.05 to 3600",
     "OUTBOUND_MAX_ATTEMPTS": "a whole number from 1 to 20",
+    "IMPORT_MAX_BYTES": "a number of bytes from 1048576 (1 MiB) to 1099511627776 (1 TiB)",
     "LLM_PROVIDER": "openai, anthropic or another provider's name; unset: the rules decider",
 }
 
@@ -43,6 +44,8 @@ class Settings(BaseSettings):
     metrics_token: SecretStr | None = None
     inbound_poll_seconds: Annotated[float, Field(ge=0.05, le=3600)] = 30
     outbound_max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
+    import_max_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 40)] = 2 << 30
+    """Of one bulk import over HTTP."""
     llm_provider: str | None = None
     llm_model: str | None = None
     llm_base_url: str | None = None

@@ -1,4 +1,4 @@
-"""The command line: `python -m gateway [serve|migrate|demo|tenant|key|session|doctor]`; `serve` when nothing is said.
+"""The command line: `python -m gateway [serve|migrate|demo|tenant|key|session|import|doctor]`; `serve` when nothing is said.
 
 Each command parses, calls one function and prints; an error of ours is one line on stderr and exit code 1.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import click
 
@@ -172,6 +172,22 @@ def session_connect(session_id: int) -> None:
 def session_disconnect(session_id: int) -> None:
     """Want this session down; it stays paired."""
     _administer("want_session", session_id, "disconnected")
+
+
+@main.command("import")
+@click.option(
+    "--session", "session_id", type=int, required=True, help="Whose history it is: the session's id."
+)
+@click.argument("file", type=click.File("rb"))
+def import_history(session_id: int, file: BinaryIO) -> None:
+    """Import history from FILE, JSON lines; - is standard input.
+
+    Exit code 1 when lines were wrong. A repeat stores nothing twice.
+    """
+    from gateway.commands import importing
+
+    log.configure("error", stream=sys.stderr)
+    sys.exit(run(importing.run(settings.load(), session_id, file)))
 
 
 @main.command()

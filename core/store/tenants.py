@@ -13,6 +13,7 @@ OwnedTable = Literal[
     "et_agents",
     "et_api_keys",
     "et_channel_sessions",
+    "et_imports",
     "et_leads",
     "et_messages",
     "et_outbound_queue",

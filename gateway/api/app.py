@@ -12,6 +12,7 @@ from gateway.api import (
     docs,
     events,
     health,
+    imports,
     keys,
     leads,
     media,
@@ -31,6 +32,7 @@ from gateway.api.auth import Keys
 from gateway.api.body import LIMIT
 from gateway.api.feed import FEED, Feed
 from gateway.api.health import OVERVIEW, Overview
+from gateway.api.imports import SLOTS, Slots
 from gateway.api.middleware import add_headers, edge
 from gateway.api.routing import KEYS, ROUTES, SERVICES, Route, endpoint
 from gateway.api.services import Services
@@ -51,6 +53,7 @@ RESOURCES = (
     media,
     uploads,
     leads,
+    imports,
     events,
     audit,
     tenants,
@@ -73,6 +76,7 @@ def make_app(services: Services) -> web.Application:
     app[FEED] = Feed(services.db)
     app[OVERVIEW] = Overview(services.db)
     app[CACHE] = SessionCache()
+    app[SLOTS] = Slots()
     app[MEDIA] = services.media or OutgoingMedia(services.db, MediaStore(services.settings.media_dir))
     app[ROUTES] = table = tuple(all_routes())
     for route in table:

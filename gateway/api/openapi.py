@@ -21,6 +21,7 @@ _RAW_SCHEMAS: dict[str, Any] = {
         "properties": {"file": {"type": "string", "contentMediaType": "application/octet-stream"}},
         "required": ["file"],
     },
+    "text/plain": {"type": "string"},
 }
 _PARAMETER = re.compile(r"\{(\w+)\}")
 _REF = "#/components/schemas/{model}"

@@ -32,6 +32,11 @@ class Worker(Protocol):
 
 
 class Ingesting(Worker, Protocol):
+    @property
+    def depth(self) -> int:
+        """Messages that wait for their commit."""
+        ...
+
     async def submit(self, messages: Sequence[InboundMessage]) -> list[Stored]: ...
     async def apply_status(self, updates: Sequence[StatusUpdate]) -> object: ...
 

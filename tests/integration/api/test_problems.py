@@ -18,7 +18,7 @@ PROBLEM = {"type", "title", "status", "detail", "code", "request_id"}
 
 ERRORS: list[tuple[str, str, int, str]] = [
         ("GET", "/nowhere", 404, "no_such_route"),
-        ("GET", "/api/v1/messaging/import", 404, "no_such_route"),
+        ("GET", "/api/v1/messaging/import", 405, "method_not_allowed"),
         ("PUT", "/send", 405, "method_not_allowed"),
         ("DELETE", "/health", 405, "method_not_allowed"),
         ("GET", "/api/v1/messaging/leads", 401, "unauthenticated"),

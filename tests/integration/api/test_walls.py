@@ -38,6 +38,7 @@ class Entry:
     query: str = ""
     accept: str | None = None
     stream: bool = False
+    content_type: str | None = None
 
 
 def _send(world: World) -> Any:
@@ -67,6 +68,10 @@ def _rename(_: World) -> Any:
 
 def _webhook(_: World) -> Any:
     return baileys("wall", message_id="W1")
+
+
+def _import(world: World) -> Any:
+    return {"channel_message_id": "old", "sender": "+60111222333", "timestamp": 1_600_000_000}
 
 
 TENANT = "?tenant_id={tenant_id}"
@@ -111,6 +116,11 @@ ENTRIES: dict[tuple[str, str], Entry] = {
         200, lambda world: {"into": world.ids["lead_id"]}
     ),
     ("GET", "/api/v1/messaging/leads/{lead_id}/timeline"): Entry(200),
+    ("POST", "/api/v1/messaging/import"): Entry(
+        200, _import, query=TENANT + "&channel_session_id={session_id}", content_type="application/x-ndjson"
+    ),
+    ("GET", "/api/v1/messaging/imports"): Entry(200, query=TENANT),
+    ("GET", "/api/v1/messaging/imports/{import_id}"): Entry(200),
     ("GET", "/api/v1/events"): Entry(200, query=TENANT, stream=True),
     ("GET", "/api/v1/audit"): Entry(200, query=TENANT),
     ("POST", "/api/v1/tenants"): Entry(403, lambda _: {"name": "x"}),
@@ -179,6 +189,12 @@ async def _populated(api: Api) -> World:
         "VALUES ($1, 'one', 'zzz', '\\x00', '{read}') RETURNING id",
         owner.id,
     )
+    ids["import_id"] = await value(
+        api.db,
+        "INSERT INTO et_imports (tenant_id, session_id, kind) VALUES ($1, $2, 'file') RETURNING id",
+        owner.id,
+        owner.session_id,
+    )
     api.manager.capabilities[owner.session_id] = _AllReachable()
     return World(api, owner, stranger, ids)
 
@@ -191,7 +207,8 @@ async def _call(world: World, route: Route, key: str | None) -> Answer:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         async with world.api.session.get(world.api.url + path, headers=headers) as response:
             return Answer(response.status, response.headers, await response.content.readany())
-    return await world.api.call(route.method, path, key=key, body=body)
+    kind = {"Content-Type": entry.content_type} if entry.content_type else None
+    return await world.api.call(route.method, path, key=key, body=body, headers=kind)
 
 
 async def _denials(world: World, tenant_id: int) -> int:
@@ -267,6 +284,7 @@ async def _snapshot(world: World) -> Any:
         "workspaces",
         "channel_sessions",
         "api_keys",
+        "imports",
     )
     found = {}
     for table in tables:
