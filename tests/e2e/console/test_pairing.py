@@ -72,12 +72,12 @@ async def test_the_code_on_the_page_changes_by_itself(desk: Desk, shop: Shop) ->
     await add(desk)
     before = await desk.read_qr()
     await desk.live()
+    drawn = await desk.page.locator("#qr path").last.get_attribute("d")
     await shop.sql(
         "UPDATE et_session_runtime SET qr = $2, generation = generation + 1 WHERE tenant_id = $1",
         shop.tenant,
         "2@the,next,one",
     )
-    drawn = await desk.page.locator("#qr path").last.get_attribute("d")
     await desk.page.wait_for_function(
         "old => document.querySelectorAll('#qr path')[1].getAttribute('d') !== old", arg=drawn
     )

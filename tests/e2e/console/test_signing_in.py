@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import AsyncIterator
 
@@ -162,7 +163,7 @@ async def test_pages_say_what_is_wrong_and_let_nothing_in(visitor: Visitor, shop
             (413, "application/x-www-form-urlencoded", b"csrf=" + b"x" * (2 << 20)),
         ):
             async with visitor.http.post(
-                visitor.url + path, data=body, headers={"Content-Type": kind}
+                visitor.url + path, data=io.BytesIO(body), headers={"Content-Type": kind}
             ) as refused:
                 assert (refused.status, refused.content_type) == (status, "text/html"), (path, kind)
     async with visitor.http.get(visitor.url + shop.path) as answer:
