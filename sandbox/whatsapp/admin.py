@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
+import time
 from typing import Any, TypeVar
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from pydantic import ValidationError
 
-from sandbox.whatsapp import bodies, people, requests
+from sandbox.whatsapp import composing, people, reading, requests
 from sandbox.whatsapp.pairing import PairingRefused
 from sandbox.whatsapp.phone import Phone, Received
 from sandbox.whatsapp.sandbox import WhatsAppSandbox
@@ -46,6 +45,11 @@ class AdminServer:
         add.add_post("/people/{number}/garbage", self._garbage)
         add.add_post("/people/{number}/receipt", self._receipt)
         add.add_post("/people/{number}/typing", self._typing)
+        add.add_post("/people/{number}/presence", self._presence)
+        add.add_post("/people/{number}/calls", self._ring)
+        add.add_post("/people/{number}/calls/{call}/end", self._hang_up)
+        add.add_post("/people/{number}/history", self._history)
+        add.add_get("/people/{number}/polls/{id}", self._votes)
         add.add_post("/people/{number}/script", self._script)
         add.add_get("/people/{number}/messages", self._messages)
         add.add_get("/people/{number}/messages/{id}/media", self._media)
@@ -53,10 +57,14 @@ class AdminServer:
         add.add_post("/people/{number}/devices/{device}", self._act)
         add.add_get("/groups", self._groups)
         add.add_post("/groups", self._new_group)
+        add.add_post("/groups/{id}", self._change_group)
         add.add_get("/calls", self._calls)
+        add.add_get("/rings", self._rings)
         add.add_get("/acks/{id}", self._ack)
         add.add_post("/faults/sends", self._send_faults)
         add.add_post("/faults/logins", self._login_faults)
+        add.add_post("/faults/media", self._media_faults)
+        add.add_post("/media/drop", self._drop_media)
         add.add_delete("/faults", self._clear)
         add.add_post("/restart", self._restart)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
@@ -150,6 +158,8 @@ class AdminServer:
             phone.answers_retries = body.answers_retries
         if body.retry_delay is not None:
             phone.retry_delay = body.retry_delay
+        if body.answers_media_retries is not None:
+            phone.answers_media_retries = body.answers_media_retries
         return web.json_response(self._describe(phone))
 
     # --- linking ---
@@ -170,34 +180,8 @@ class AdminServer:
         phone, body = self._person(request), await _read(request, requests.Send)
         if (body.to is None) == (body.group is None):
             raise web.HTTPUnprocessableEntity(text="name either `to` (a number) or `group` (its id)")
-        message = self._body(phone, body)
-        if body.group is not None:
-            msg_id = await phone.send_group(self._group(body.group), message, msg_id=body.id)
-        else:
-            to = self._named(body.to or "")
-            if body.quoted is not None and body.kind is None:
-                msg_id = await phone.send_text(
-                    to, body.text, mode=body.mode, quoted=body.quoted, msg_id=body.id
-                )
-            else:
-                msg_id = await phone.send_message(to, message, mode=body.mode, msg_id=body.id)
-        return web.json_response({"id": msg_id}, status=201)
-
-    def _body(self, phone: Phone, body: requests.Send) -> Any:
-        if body.kind is None:
-            if not body.text:
-                raise web.HTTPUnprocessableEntity(text="`text` is empty")
-            return bodies.text(body.text)
-        try:
-            data = base64.b64decode(body.data, validate=True)
-        except binascii.Error as error:
-            raise web.HTTPUnprocessableEntity(text=f"`data` is not base64: {error}") from None
-        fields: dict[str, Any] = {"mimetype": body.mimetype}
-        if body.text and body.kind in ("image", "video", "document"):
-            fields["caption"] = body.text
-        if body.filename and body.kind == "document":
-            fields["fileName"] = body.filename
-        return phone.media_body(body.kind, data, **fields)
+        to = self._named(body.to or "") if body.group is None else self._group(body.group)
+        return web.json_response({"id": await composing.send(phone, to, body)}, status=201)
 
     async def _garbage(self, request: web.Request) -> web.Response:
         phone, body = self._person(request), await _read(request, requests.Garbage)
@@ -212,8 +196,49 @@ class AdminServer:
 
     async def _typing(self, request: web.Request) -> web.Response:
         phone, body = self._person(request), await _read(request, requests.Typing)
-        await phone.typing(self._named(body.to), body.on)
+        await phone.typing(self._named(body.to), body.on, recording=body.recording)
         return web.json_response({"on": body.on})
+
+    async def _presence(self, request: web.Request) -> web.Response:
+        phone, body = self._person(request), await _read(request, requests.Presence)
+        if body.online:
+            await phone.come_online(self._named(body.to))
+        else:
+            await phone.go_offline(self._named(body.to), body.last_seen)
+        return web.json_response({"online": body.online})
+
+    async def _ring(self, request: web.Request) -> web.Response:
+        phone, body = self._person(request), await _read(request, requests.Ring)
+        return web.json_response(
+            {"call": await phone.call(self._named(body.to), video=body.video)}, status=201
+        )
+
+    async def _hang_up(self, request: web.Request) -> web.Response:
+        phone, body = self._person(request), await _read(request, requests.HangUp)
+        call = request.match_info["call"]
+        await phone.hang_up(self._named(body.to), call, body.reason)
+        return web.json_response({"call": call})
+
+    async def _rings(self, _: web.Request) -> web.Response:
+        return web.json_response(
+            [
+                {"call": r.call, "what": r.what, "from": r.caller, "to": r.to, "detail": r.detail, "at": r.at}
+                for r in self._wa.rings
+            ]
+        )
+
+    async def _history(self, request: web.Request) -> web.Response:
+        phone, body = self._person(request), await _read(request, requests.MadeUpHistory)
+        phone.archive.terms.per_chunk = body.per_chunk
+        others = [self._named(number) for number in body.people]
+        count = phone.archive.fill(others, body.each, until=int(time.time()), apart=body.apart)
+        sent = {}
+        if body.send:
+            sent = {str(d.number): len(await phone.archive.send(d)) for d in phone.devices}
+        return web.json_response({"messages": count, "chunks": sent}, status=201)
+
+    async def _votes(self, request: web.Request) -> web.Response:
+        return web.json_response(self._person(request).votes(request.match_info["id"]))
 
     async def _script(self, request: web.Request) -> web.Response:
         """Plays the whole script before it answers; 409 when an expected answer does not come."""
@@ -245,10 +270,18 @@ class AdminServer:
 
     async def _media(self, request: web.Request) -> web.Response:
         phone, msg_id = self._person(request), request.match_info["id"]
-        for message in phone.received:
-            if message.id == msg_id:
-                return web.Response(body=phone.media_bytes(message.message))
-        raise web.HTTPNotFound(text=f"{phone.number} has not received {msg_id}")
+        for message in (*phone.received, *phone.written):
+            found = reading.media_of(message.message) if message.id == msg_id else None
+            if found is not None:
+                return web.Response(
+                    body=phone.media_bytes(message.message),
+                    headers={
+                        "Content-Type": found[1].mimetype or "application/octet-stream",
+                        "X-Content-Type-Options": "nosniff",
+                        "Content-Security-Policy": "sandbox; default-src 'none'",
+                    },
+                )
+        raise web.HTTPNotFound(text=f"{phone.number} has no media with the message id {msg_id}")
 
     async def _receipts(self, request: web.Request) -> web.Response:
         phone = self._person(request)
@@ -263,6 +296,21 @@ class AdminServer:
         body = await _read(request, requests.NewGroup)
         group = self._wa.group([self._named(number) for number in body.members], body.name)
         return web.json_response(_describe_group(group), status=201)
+
+    async def _change_group(self, request: web.Request) -> web.Response:
+        group, body = self._group(request.match_info["id"]), await _read(request, requests.GroupChange)
+        by, others = self._named(body.by), [self._named(number) for number in body.people]
+        if body.do in ("rename", "describe"):
+            if not body.text:
+                raise web.HTTPUnprocessableEntity(text="`text` is empty")
+            await (by.rename_group if body.do == "rename" else by.describe_group)(group, body.text)
+        elif not others:
+            raise web.HTTPUnprocessableEntity(text="`people` is empty")
+        elif body.do in ("add", "remove"):
+            await (by.add_to_group if body.do == "add" else by.remove_from_group)(group, *others)
+        else:
+            await by.promote_in_group(group, *others, on=body.do == "promote")
+        return web.json_response(_describe_group(group))
 
     # --- breaking things, and looking ---
 
@@ -298,6 +346,23 @@ class AdminServer:
         self._wa.refuse_logins(body.reason, seconds=body.seconds, attrs=body.attrs)
         return web.json_response({"faults": "on"})
 
+    async def _media_faults(self, request: web.Request) -> web.Response:
+        body = await _read(request, requests.MediaFaults)
+        self._wa.fail_media(
+            body.action,
+            status=body.status,
+            seconds=body.seconds,
+            times=body.times,
+            message_id=body.message_id,
+            upload=body.upload,
+        )
+        return web.json_response({"faults": "on"})
+
+    async def _drop_media(self, request: web.Request) -> web.Response:
+        body = await _read(request, requests.DropMedia)
+        self._wa.drop_media(body.id, body.status)
+        return web.json_response({"dropped": body.id})
+
     async def _clear(self, request: web.Request) -> web.Response:
         self._wa.clear_faults()
         return web.json_response({"faults": "off"})
@@ -327,12 +392,14 @@ def _describe_group(group: Group) -> dict[str, Any]:
 
 
 def _describe_message(message: Received) -> dict[str, Any]:
-    found = bodies.media_of(message.message)
+    found = reading.media_of(message.message)
     return {
         "id": message.id,
         "from": message.sender,
         "chat": message.chat,
+        "kind": message.kind,
         "text": message.text,
+        "about": message.about,
         "media": found[0] if found else None,
         "from_me": message.from_me,
         "duplicate": message.duplicate,

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from aiohttp import ClientError, WSMsgType, web
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from sandbox.whatsapp import outbound, queries
+from sandbox.whatsapp import outbound, presence, queries
 from sandbox.whatsapp.faults import Refusal, Silence
 from sandbox.whatsapp.hub import Event, Hub
 from sandbox.whatsapp.keys import KeyPair, agree
@@ -170,6 +170,7 @@ class Connection:
             self.hub.desk.withdraw(self)
             if self.device and self.hub.post.online.get(self.device.jid) is self:
                 del self.hub.post.online[self.device.jid]
+                self.hub.pulse.touch()
             self.abort()
 
     async def _handshake(self) -> wa6.ClientPayload:
@@ -232,6 +233,7 @@ class Connection:
             queries.answer(self, node)
             if node.text("xmlns") == "passive" and node.find("active") and self.device and not self.active:
                 self.hub.post.flush(self, self.device)
+                self.hub.pulse.touch()
         elif self.account is None or self.device is None:
             return  # while pairing there is nothing else
         elif node.tag == "message":
@@ -242,6 +244,8 @@ class Connection:
             settle_ack(self.hub, self.device, node)
         elif node.tag in ("presence", "chatstate"):
             outbound.presence(self.hub, self.device, node)
+        elif node.tag == "call":
+            presence.from_client(self.hub, self.account, self.device, node)
 
 
 def settle_ack(hub: Hub, device: Device, node: Node) -> None:

@@ -40,8 +40,27 @@ class Refusal:
     device: JID | None = None
 
 
+class MediaAction(StrEnum):
+    STATUS = "status"  # answer with a status: 404 and 410 are how WhatsApp says that it has dropped a medium
+    SLOW = "slow"  # spread over some seconds
+    CUT = "cut"  # the connection breaks half way
+    CORRUPT = "corrupt"  # all bytes come, one of them is wrong
+    HANG = "hang"  # nothing comes at all for some seconds, then the connection breaks
+
+
+@dataclass
+class MediaFault:
+    action: MediaAction
+    status: int = 404
+    seconds: float = 0
+    times: int | None = None  # None: until cleared
+    token: str | None = None  # of one blob; None: all of them
+    upload: bool = False  # meets uploads instead of downloads
+
+
 @dataclass
 class Faults:
+    media: list[MediaFault] = field(default_factory=list)
     sends: list[SendFault] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     silent: dict[JID, Silence] = field(default_factory=dict)
@@ -59,12 +78,25 @@ class Faults:
             return fault
         return None
 
+    def for_media(self, token: str, *, upload: bool) -> MediaFault | None:
+        """The fault this transfer meets; a limited one is used up by it."""
+        for fault in self.media:
+            if fault.upload is not upload or fault.token not in (None, token):
+                continue
+            if fault.times is not None:
+                fault.times -= 1
+                if fault.times <= 0:
+                    self.media.remove(fault)
+            return fault
+        return None
+
     def for_login(self, device: JID) -> Refusal | None:
         now = time.monotonic()
         self.refusals = [r for r in self.refusals if r.until is None or r.until > now]
         return next((r for r in self.refusals if r.device in (None, device)), None)
 
     def clear(self) -> None:
+        self.media.clear()
         self.sends.clear()
         self.refusals.clear()
         self.lose_receipts = False

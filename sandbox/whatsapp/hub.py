@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sandbox.whatsapp.faults import Faults
-from sandbox.whatsapp.ledger import Ledger
+from sandbox.whatsapp.ledger import Ledger, Pulse
 from sandbox.whatsapp.nodes import JID
 from sandbox.whatsapp.post import PostOffice
+from sandbox.whatsapp.store import MediaStore
 from sandbox.whatsapp.world import Account, World
 
 if TYPE_CHECKING:
@@ -43,6 +44,31 @@ class Event:
     at: float = field(default_factory=time.time)
 
 
+@dataclass(frozen=True)
+class Ring:
+    """One thing that happened to a call. `device`: the client that did it, None for the caller's phone."""
+
+    call: str
+    what: str  # offer, terminate, reject, …
+    caller: str  # number
+    to: str  # number
+    device: JID | None = None
+    detail: str = ""
+    at: float = field(default_factory=time.time)
+    monotonic: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One upload to or download from the media server, and how it was answered."""
+
+    what: str  # upload, download
+    token: str
+    status: int
+    size: int
+    at: float = field(default_factory=time.time)
+
+
 @dataclass
 class PairingTerms:
     """How a pairing is offered; short lifetimes make time-out tests quick."""
@@ -56,12 +82,16 @@ class Hub:
         self.world = world
         self.folder = folder
         self.changed = changed
+        self.pulse = Pulse()
         self.post = PostOffice(world, changed)
+        self.media = MediaStore(folder)
         self.faults = Faults()
         self.terms = PairingTerms()
         self.phones: dict[str, Phone] = {}  # by lid user
         self.calls: Ledger[Call] = Ledger()
         self.events: Ledger[Event] = Ledger()
+        self.rings: Ledger[Ring] = Ledger()
+        self.transfers: Ledger[Transfer] = Ledger()
         self.desk: PairingDesk
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -84,16 +114,3 @@ class Hub:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-    # --- media, which outlive a restart as files ---
-
-    def store_media(self, token: str, blob: bytes) -> str:
-        """Keep a blob; the path it can be fetched under (it must contain a question mark)."""
-        folder = self.folder / "media"
-        folder.mkdir(exist_ok=True)
-        (folder / token).write_bytes(blob)
-        return f"/v/t62/{token}?ccb=11-4&oh=x"
-
-    def media(self, token: str) -> bytes | None:
-        path = self.folder / "media" / token
-        return path.read_bytes() if token and "/" not in token and path.is_file() else None

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from sandbox.whatsapp import bodies, ciphers, media
+from sandbox.whatsapp import ciphers, media, mediaretry, reading
 from sandbox.whatsapp.hub import Event, Hub
 from sandbox.whatsapp.ledger import Ledger
 from sandbox.whatsapp.nodes import GROUP_SERVER, JID, Attribute, Node
@@ -38,6 +38,16 @@ class Received:
     at: float
     monotonic: float
 
+    @property
+    def kind(self) -> str:
+        """text, image, voice, poll, vote, reaction, …: see `reading.kind_of`."""
+        return reading.kind_of(self.message)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the kind adds to the text: options of a poll, a place, what a reaction is about."""
+        return reading.describe(self.message)
+
 
 @dataclass(frozen=True)
 class ReceiptSeen:
@@ -50,13 +60,26 @@ class ReceiptSeen:
     monotonic: float
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Something that an own linked device wanted from the phone; `answer` is what it got."""
+
+    what: str  # media, history, message
+    id: str  # the message it is about
+    answer: str
+    device: JID
+
+
 class Inbox:
     def __init__(self, account: Account, hub: Hub) -> None:
         self.account = account
         self.received: Ledger[Received] = Ledger()
+        self.written: Ledger[Received] = Ledger()  # what the person wrote on this phone
         self.receipts: Ledger[ReceiptSeen] = Ledger()
         self.typing_seen: Ledger[str] = Ledger()
         self.undecryptable: Ledger[str] = Ledger()
+        self.asked: Ledger[Asked] = Ledger()
+        self.answers_media_retries: mediaretry.Answer = "yes"
         self._hub = hub
         self._had: set[tuple[str, str]] = set()
 
@@ -113,13 +136,12 @@ class Inbox:
         return await self.received.wait_for(lambda m: part in m.text, timeout=timeout)
 
     def media_bytes(self, message: e2e.Message) -> bytes:
-        """What a received image, video, … contains, decrypted."""
-        found = bodies.media_of(message)
+        """What an image, video, voice note, … contains, decrypted; also after the server has dropped it."""
+        found = reading.media_of(message)
         if found is None:
             raise ValueError("the message carries no media")
         kind, part = found
-        token = part.directPath.removeprefix("/v/t62/").partition("?")[0]
-        blob = self._hub.media(token)
+        blob = self._hub.media.read(part.directPath)
         if blob is None:
             raise ValueError("the media was never uploaded here")
         return media.decrypt(blob, part.mediaKey, kind)
@@ -140,7 +162,7 @@ class Inbox:
             message = message.deviceSentMessage.message
         duplicate = (author.lid.user, msg_id) in self._had
         self._had.add((author.lid.user, msg_id))
-        text = bodies.text_of(message)
+        text = reading.text_of(message)
         self.received.add(
             Received(
                 msg_id,
@@ -156,6 +178,7 @@ class Inbox:
             )
         )
         self._answer(msg_id, author)
+        self._hub.pulse.touch()
 
     def _answer(self, msg_id: str, author: Account) -> None:
         if author is self.account or self.auto_receipts is None or not author.devices:
@@ -191,8 +214,29 @@ class Inbox:
         self._hub.changed()
         if message.HasField("senderKeyDistributionMessage"):
             self._learn_key(message, device)
+        if author is self.account and self._is_request(device, stanza.text("id"), message):
+            return
         if stanza.text("category") != _NOT_FOR_PEOPLE:
             self.note(stanza.text("id"), message, author, device.jid, author.number)
+
+    def _is_request(self, device: Device, msg_id: str, message: e2e.Message) -> bool:
+        """Whether a message from an own device is a question to the phone; it is answered then.
+
+        A client library without peer messages can only write it to its own number: that is answered too.
+        """
+        change = reading.unwrap(message).protocolMessage
+        if change.type != e2e.ProtocolMessage.PEER_DATA_OPERATION_REQUEST_MESSAGE:
+            return False
+        if (
+            self.account.lid.user,
+            msg_id,
+        ) not in self._had:  # a copy may come for each address of the own phone
+            self._had.add((self.account.lid.user, msg_id))
+            self._hub.spawn(self.asked_by_device(device, msg_id, change.peerDataOperationRequestMessage))
+        return True
+
+    async def asked_by_device(self, device: Device, msg_id: str, request: Any) -> None:
+        """A linked device wants something of its phone, which `Phone` can answer."""
 
     def take_group(
         self,
@@ -262,6 +306,24 @@ class Inbox:
     def receipt_from(self, device: Device, kind: str, ids: list[str], stanza: Node) -> None:
         for msg_id in ids:
             self.receipts.add(ReceiptSeen(msg_id, kind, device.jid, time.time(), time.monotonic()))
+        self._hub.pulse.touch()
+
+    def media_asked(self, device: Device, stanza: Node) -> None:
+        """A linked device could not download a medium: put it back, or say that it is gone."""
+        msg_id = stanza.text("id")
+        known = [*self.received.items, *self.written.items]
+        message = next((m.message for m in reversed(known) if m.id == msg_id), None)
+        found = reading.media_of(message) if message is not None else None
+        path = found[1].directPath if found else ""
+        key = found[1].mediaKey if found else b""
+        node, answer = mediaretry.answer(
+            stanza, key, self.answers_media_retries, lambda: self._hub.media.upload_again(path)
+        )
+        self.asked.add(Asked("media", msg_id, answer, device.jid))
+        if node is not None:
+            node.attrs |= {"from": self.account.phone, "t": int(time.time())}
+            self._hub.post.put(device, "notification", self.account.lid.user, node)
 
     def saw_typing(self, device: Device, state: str) -> None:
         self.typing_seen.add(state)
+        self._hub.pulse.touch()

@@ -9,6 +9,36 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
+class Pulse:
+    """A counter that can be awaited: something has changed, look again."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    def touch(self) -> None:
+        self.count += 1
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
+
+    async def wait(self, seen: int, timeout: float) -> int:
+        """The count as soon as it differs from `seen`, or after `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                while self.count == seen:
+                    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                    self._waiters.add(waiter)
+                    try:
+                        await waiter
+                    finally:
+                        self._waiters.discard(waiter)
+        except TimeoutError:
+            pass
+        return self.count
+
+
 class Ledger(Generic[T]):
     def __init__(self) -> None:
         self.items: list[T] = []

@@ -158,6 +158,9 @@ def receipt(hub: Hub, connection: Connection, account: Account, device: Device, 
         "participant": node.attrs.get("participant"),
     }
     connection.send(Node("ack", answer))
+    if kind == "server-error":  # not about the message but about its media, and meant for the own phone
+        hub.phone_of(account).media_asked(device, node)
+        return
     writer = node.jid("participant") or to
     author = hub.world.account_at(writer)
     if author is None or writer is None:
@@ -198,7 +201,8 @@ def _relay_retry(hub: Hub, device: Device, target: Device, node: Node) -> None:
 def presence(hub: Hub, device: Device, node: Node) -> None:
     to = node.jid("to")
     detail = node.children[0].tag if node.children else node.text("type", "available")
-    hub.events.add(Event(node.tag, f"{detail} {to or ''}".strip(), device.jid))
+    media = node.children[0].text("media") if node.children else ""
+    hub.events.add(Event(node.tag, " ".join(filter(None, (detail, str(to or ""), media))), device.jid))
     account = hub.world.account_at(to)
     if node.tag == "chatstate" and account is not None:
         hub.phone_of(account).saw_typing(device, detail)

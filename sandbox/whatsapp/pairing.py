@@ -179,6 +179,7 @@ class PairingDesk:
         self.withdraw(connection)
         self._hub.changed()
         self.announce(account)
+        self._hub.phone_of(account).linked(device)
         # The client logs in again, as the device it has become.
         self._hub.spawn(connection.last_words(Node("stream:error", {"code": "515"})))
         return device

@@ -1,4 +1,4 @@
-"""A phone and the person who holds it: sends, reads, answers retry receipts, links clients.
+"""A phone and the person who holds it: everything people do with it, and linking clients.
 
 Every account of the sandbox has one, the customers' as well as the business's own. Its linked devices are real
 clients; the phone itself is played here.
@@ -6,49 +6,29 @@ clients; the phone itself is played here.
 
 from __future__ import annotations
 
-import asyncio
-import os
-import time
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from sandbox.whatsapp import bodies, ciphers, media
+from sandbox.whatsapp import bodies, groups, polls, presence, reading
 from sandbox.whatsapp.connection import device_removed
+from sandbox.whatsapp.history import Archive
 from sandbox.whatsapp.hub import Hub
-from sandbox.whatsapp.inbox import AutoReceipts, Inbox, ReceiptSeen, Received
-from sandbox.whatsapp.nodes import JID, Attribute, Node
-from sandbox.whatsapp.protos import e2e
-from sandbox.whatsapp.world import Account, Device, Group, Sent, message_id
-
-Mode = Literal["lid", "pn", "lid-only"]
-Repair = Literal["yes", "never", "garbage"]
-
-_SENT_KEPT = 20_000  # messages a phone can encrypt anew
-
+from sandbox.whatsapp.inbox import Asked, AutoReceipts, ReceiptSeen, Received
+from sandbox.whatsapp.nodes import JID
+from sandbox.whatsapp.outbox import Mode, Outbox, Repair, To
+from sandbox.whatsapp.protos import e2e, web
+from sandbox.whatsapp.world import Account, Device, Group, message_id
 
 __all__ = ["AutoReceipts", "Mode", "Phone", "ReceiptSeen", "Received", "Repair"]
 
 
-class Phone(Inbox):
+class Phone(Outbox):
     def __init__(self, account: Account, hub: Hub) -> None:
         super().__init__(account, hub)
-        self.answers_retries = True
-        self.retry_delay = 0.0
+        self.archive = Archive(self, hub)
 
     def __repr__(self) -> str:
         return f"Phone({self.number}, {self.name!r})"
-
-    @property
-    def name(self) -> str:
-        return self.account.name
-
-    @property
-    def lid(self) -> str:
-        """The user part of the LID address."""
-        return self.account.lid.user
-
-    @property
-    def devices(self) -> list[Device]:
-        return list(self.account.devices.values())
 
     # --- linking ---
 
@@ -67,11 +47,42 @@ class Phone(Inbox):
         if connection is not None:
             await connection.last_words(device_removed())
 
-    # --- sending ---
+    def linked(self, device: Device) -> None:
+        """A client was linked: a phone sends it what it remembers."""
+        self.archive.linked(device)
+
+    async def asked_by_device(self, device: Device, msg_id: str, request: Any) -> None:
+        kind = request.peerDataOperationRequestType
+        if kind == e2e.HISTORY_SYNC_ON_DEMAND:
+            await self.archive.asked(device, msg_id, request.historySyncOnDemandRequest)
+            self.asked.add(Asked("history", msg_id, "on demand", device.jid))
+        elif kind == e2e.PLACEHOLDER_MESSAGE_RESEND:
+            for wanted in request.placeholderMessageResendRequest:
+                self._resend(device, msg_id, wanted.messageKey)
+
+    def _resend(self, device: Device, request_id: str, key: Any) -> None:
+        """Hand a linked device a message that it was told of but could not get."""
+        found = next((m for m in [*self.received.items, *self.written.items] if m.id == key.ID), None)
+        self.asked.add(Asked("message", key.ID, "sent" if found else "unknown", device.jid))
+        if found is None or not self.answers_retries:
+            return
+        info = web.WebMessageInfo(messageTimestamp=int(found.at), message=found.message)
+        info.key.CopyFrom(key)
+        author = self._hub.world.account(found.sender.removeprefix("+"))
+        info.pushName = author.name if author is not None else ""
+        message = e2e.Message()
+        message.protocolMessage.type = e2e.ProtocolMessage.PEER_DATA_OPERATION_REQUEST_RESPONSE_MESSAGE
+        answer = message.protocolMessage.peerDataOperationRequestResponseMessage
+        answer.peerDataOperationRequestType, answer.stanzaID = e2e.PLACEHOLDER_MESSAGE_RESEND, request_id
+        result = answer.peerDataOperationResult.add()
+        result.placeholderMessageResendResponse.webMessageInfoBytes = info.SerializeToString()
+        self.send_to_own(device, message)
+
+    # --- writing ---
 
     async def send_text(
         self,
-        to: Phone | str,
+        to: To,
         text: str,
         *,
         mode: Mode = "lid",
@@ -79,16 +90,16 @@ class Phone(Inbox):
         msg_id: str | None = None,
     ) -> str:
         """Write to someone; the message's id. A repeated `msg_id` is encrypted again under the same id."""
-        body = bodies.text(text) if quoted is None else self._quote(text, quoted)
+        body = bodies.text(text) if quoted is None else self.quote(bodies.text(text), quoted)
         return await self.send_message(to, body, mode=mode, msg_id=msg_id)
 
-    async def type_text(self, to: Phone | str, text: str, **options: Any) -> str:
+    async def type_text(self, to: To, text: str, **options: Any) -> str:
         """The same, by the name of what it is on a business phone: its linked devices get an own echo."""
         return await self.send_text(to, text, **options)
 
     async def send_image(
         self,
-        to: Phone | str,
+        to: To,
         data: bytes,
         caption: str | None = None,
         *,
@@ -102,7 +113,7 @@ class Phone(Inbox):
 
     async def send_media(
         self,
-        to: Phone | str,
+        to: To,
         kind: str,
         data: bytes,
         *,
@@ -113,203 +124,177 @@ class Phone(Inbox):
         """`kind`: image, video, audio, document, sticker; `fields` as in its protobuf (mimetype, fileName, …)."""
         return await self.send_message(to, self.media_body(kind, data, **fields), mode=mode, msg_id=msg_id)
 
-    async def react(self, to: Phone | str, target_id: str, emoji: str) -> str:
-        other = self._phone(to)
-        mine = target_id in self.account.sent
-        return await self.send_message(to, bodies.reaction(emoji, other.account.lid, target_id, from_me=mine))
+    async def send_voice(self, to: To, data: bytes, seconds: int = 3, **options: Any) -> str:
+        """A voice note: audio recorded with the microphone button."""
+        body = self.media_body(
+            "audio",
+            data,
+            mimetype="audio/ogg; codecs=opus",
+            PTT=True,
+            seconds=seconds,
+            waveform=bytes(range(64)),
+        )
+        return await self.send_message(to, body, **options)
 
-    async def edit(self, to: Phone | str, target_id: str, text: str) -> str:
-        return await self.send_message(to, bodies.edit(self._phone(to).account.lid, target_id, text))
-
-    async def revoke(self, to: Phone | str, target_id: str) -> str:
-        return await self.send_message(to, bodies.revoke(self._phone(to).account.lid, target_id))
-
-    async def send_message(
-        self, to: Phone | str, message: e2e.Message, *, mode: Mode = "lid", msg_id: str | None = None
+    async def send_location(
+        self, to: To, latitude: float, longitude: float, name: str = "", address: str = ""
     ) -> str:
-        """Send any body. The recipient's linked devices, its phone, and this account's own devices get it."""
-        other, msg_id = self._phone(to), msg_id or message_id()
-        attrs, enc_attrs = bodies.stanza_attributes(message)
-        body = message.SerializeToString()
-        self._keep(msg_id, Sent(body, mode, other.account.lid.user, False, attrs, enc_attrs))
-        for device in [*other.devices, *self.devices]:
-            self._put(device, msg_id)
-        if other is not self:
-            other.note(msg_id, message, self.account, self.account.phone, self.number)
-        return msg_id
+        return await self.send_message(to, bodies.location(latitude, longitude, name, address))
 
-    async def send_group(self, group: Group, message: e2e.Message | str, *, msg_id: str | None = None) -> str:
-        """Send to a group this phone is a member of."""
-        if self.account.lid.user not in group.members:
-            raise ValueError(f"{self.number} is not a member of {group.name}")
-        message = bodies.text(message) if isinstance(message, str) else message
-        msg_id = msg_id or message_id()
-        attrs, enc_attrs = bodies.stanza_attributes(message)
-        self._keep(msg_id, Sent(message.SerializeToString(), "lid", group.id, True, attrs, enc_attrs))
-        key = ciphers.sender_key(self.account, group.id)
-        distribution = key.distribution()
-        shared = ciphers.encrypt_group(self.account, group.id, message.SerializeToString())
-        holders = self.account.key_holders.setdefault(group.id, set())
-        for user in group.members:
-            member = self._hub.world.accounts[user]
-            for device in member.devices.values():
-                parts: list[Node] = []
-                if device.lid not in holders:
-                    holders.add(device.lid)
-                    plain = _distribution(group, distribution).SerializeToString()
-                    parts.append(self._enc(device, plain, {}))
-                parts.append(Node("enc", {"v": "2", "type": "skmsg", **enc_attrs}, shared))
-                self._post(device, Node("message", self._group_attrs(group, msg_id, attrs), parts))
-            if member is not self.account:
-                phone = self._hub.phone_of(member)
-                phone.note(msg_id, message, self.account, self.account.phone, group.id)
-        return msg_id
-
-    async def send_status(self, to: Phone | str, text: str) -> str:
-        """A status update, seen by one contact; it comes from the address all statuses come from."""
-        other, msg_id = self._phone(to), message_id()
-        attrs: dict[str, Attribute] = {
-            "from": JID("status", "broadcast"),
-            "participant": self.account.lid,
-            "participant_pn": self.account.phone,
-            "id": msg_id,
-            "t": int(time.time()),
-            "type": "text",
-            "notify": self.name,
-        }
-        for device in other.devices:
-            enc = self._enc(device, bodies.text(text).SerializeToString(), {})
-            self._post(device, Node("message", attrs, [enc]))
-        return msg_id
-
-    async def send_garbage(
-        self, to: Phone | str, text: str = "repaired", *, repair: Repair = "yes", mode: Mode = "lid"
+    async def send_live_location(
+        self, to: To, latitude: float, longitude: float, caption: str = "", *, sequence: int = 1
     ) -> str:
-        """A message that no client can decrypt. `repair`: what a retry receipt brings."""
-        other, msg_id = self._phone(to), message_id()
-        body = bodies.text(text).SerializeToString()
-        self._keep(msg_id, Sent(body, mode, other.account.lid.user, False, {"type": "text"}, {}, repair))
-        for device in other.devices:
-            junk = Node("enc", {"v": "2", "type": "msg"}, os.urandom(96))
-            self._post(device, self._stanza(device, msg_id, [junk]))
-        return msg_id
+        return await self.send_message(
+            to, bodies.live_location(latitude, longitude, caption, sequence=sequence)
+        )
 
-    async def typing(self, to: Phone | str, on: bool = True) -> None:
-        """Show "typing…" to the clients that are online now."""
-        for device in self._phone(to).devices:
-            connection = self._hub.post.online.get(device.jid)
-            if connection is not None and connection.listening:
-                state = Node("composing" if on else "paused")
-                attrs: dict[str, Attribute] = {"from": self.account.lid, "sender_pn": self.account.phone}
-                connection.send(Node("chatstate", attrs, [state]))
+    async def send_contacts(self, to: To, *people: tuple[str, str]) -> str:
+        """Cards of (name, phone): one is a `contactMessage`, more are a `contactsArrayMessage`."""
+        body = bodies.contact(*people[0]) if len(people) == 1 else bodies.contacts(people)
+        return await self.send_message(to, body)
 
-    # --- repairing ---
+    async def send_view_once(self, to: To, kind: str, data: bytes, **fields: Any) -> str:
+        """As linked devices are told of it today, see `send_unavailable`; the body itself goes to the phone alone."""
+        body = bodies.view_once(self.media_body(kind, data, **fields))
+        if isinstance(to, Group):
+            return await self.send_message(to, body)
+        return await self.send_unavailable(to, body)
 
-    def answer_retry(self, device: Device, msg_id: str, count: int) -> None:
-        """Encrypt a message anew, in a fresh session, for the one device that could not read it."""
-        sent = self.account.sent.get(msg_id)
-        if sent is None or not self.answers_retries or sent.repair == "never":
-            return
-        if self.retry_delay:
-            self._hub.spawn(self._later(device, msg_id, count))
-        else:
-            self._put(device, msg_id, count)
+    async def forward(self, to: To, message: Received, *, score: int = 1) -> str:
+        body = e2e.Message()
+        body.CopyFrom(message.message)
+        body.ClearField("messageContextInfo")
+        return await self.send_message(to, bodies.forwarded(body, score))
 
-    async def _later(self, device: Device, msg_id: str, count: int) -> None:
-        await asyncio.sleep(self.retry_delay)
-        self._put(device, msg_id, count)
+    # --- about other messages ---
 
-    def media_body(self, kind: str, data: bytes, **fields: Any) -> e2e.Message:
-        """Encrypt and store media; a body that refers to it."""
-        stored = media.encrypt(data, kind)
-        path = self._hub.store_media(message_id().lower(), stored.blob)
-        return bodies.media(kind, stored, path, len(data), **fields)
+    async def react(self, to: To, target_id: str, emoji: str) -> str:
+        """An empty emoji takes the reaction back."""
+        return await self.send_message(to, bodies.reaction(emoji, self.target(to, target_id)))
 
-    # --- stanzas ---
+    async def edit(self, to: To, target_id: str, text: str, *, wrapped: bool = True) -> str:
+        return await self.send_message(to, bodies.edit(self.target(to, target_id), text, wrapped=wrapped))
 
-    def _phone(self, to: Phone | str) -> Phone:
-        if isinstance(to, Phone):
-            return to
-        account = self._hub.world.account(to.removeprefix("+"))
-        if account is None:
-            raise ValueError(f"nobody in the sandbox has the number {to}")
-        return self._hub.phone_of(account)
+    async def revoke(self, to: To, target_id: str) -> str:
+        return await self.send_message(to, bodies.revoke(self.target(to, target_id)))
 
-    def _quote(self, text: str, quoted: Received | str) -> e2e.Message:
+    def quote(self, body: e2e.Message, quoted: Received | str) -> e2e.Message:
+        """The body as an answer to a message that this phone has received or sent."""
         msg_id = quoted if isinstance(quoted, str) else quoted.id
-        received = next((m for m in self.received if m.id == msg_id), None)
-        if received is not None:
-            author = self._hub.world.account(received.sender.removeprefix("+")) or self.account
-            return bodies.quote(text, msg_id, author.lid, received.message)
+        author, original = self._known(msg_id)
+        return bodies.quoting(body, msg_id, author.lid, original)
+
+    def target(self, to: To, target_id: str) -> bodies.Target:
+        author, _ = self._known(target_id)
+        if isinstance(to, Group):
+            return bodies.Target(to.jid, target_id, author is self.account, author.lid)
+        return bodies.Target(self._phone(to).account.lid, target_id, author is self.account)
+
+    def _known(self, msg_id: str) -> tuple[Account, e2e.Message]:
+        """(author, body) of a message on this phone; of an unknown one, this account and an empty text."""
+        for message in reversed(self.received.items):
+            if message.id == msg_id:
+                return self._hub.world.account(
+                    message.sender.removeprefix("+")
+                ) or self.account, message.message
         sent = self.account.sent.get(msg_id)
-        original = e2e.Message.FromString(sent.body) if sent else bodies.text("")
-        return bodies.quote(text, msg_id, self.account.lid, original)
+        return self.account, e2e.Message.FromString(sent.body) if sent else bodies.text("")
 
-    def _keep(self, msg_id: str, sent: Sent) -> None:
-        self.account.sent[msg_id] = sent
-        if len(self.account.sent) > _SENT_KEPT:
-            del self.account.sent[next(iter(self.account.sent))]
+    # --- polls ---
 
-    def _enc(self, device: Device, plain: bytes, attrs: dict[str, str], count: int | None = None) -> Node:
-        """`count`: this is the answer to that retry receipt, in a fresh session."""
-        kind, data = ciphers.encrypt(self.account, device, plain, fresh=count is not None)
-        return Node("enc", {"v": "2", "type": kind, "count": count, **attrs}, data)
+    async def send_poll(
+        self, to: To, question: str, options: Iterable[str], *, choices: int = 1, version: int = 3
+    ) -> str:
+        """`choices`: how many options one may pick, 0 for any number."""
+        return await self.send_message(to, bodies.poll(question, options, choices=choices, version=version))
 
-    def _put(self, device: Device, msg_id: str, count: int | None = None) -> None:
-        """Encrypt a kept message for one device and queue it."""
-        sent = self.account.sent[msg_id]
-        if sent.group:
-            group = self._hub.world.groups[sent.to]
-            message = e2e.Message.FromString(sent.body)
-            key = ciphers.sender_key(self.account, group.id).distribution()
-            message.MergeFrom(_distribution(group, key))
-            enc = self._enc(device, message.SerializeToString(), sent.enc_attrs, count)
-            self._post(device, Node("message", self._group_attrs(group, msg_id, sent.attrs), [enc]))
-            return
-        if sent.repair == "garbage":
-            junk = Node("enc", {"v": "2", "type": "msg", "count": count}, os.urandom(96))
-            self._post(device, self._stanza(device, msg_id, [junk]))
-            return
-        plain = sent.body
-        if device.jid.user == self.account.phone.user:
-            chat = self._hub.world.accounts[sent.to]
-            plain = bodies.device_sent(chat.lid, e2e.Message.FromString(sent.body)).SerializeToString()
-        self._post(device, self._stanza(device, msg_id, [self._enc(device, plain, sent.enc_attrs, count)]))
+    async def vote(self, to: To, poll_id: str, options: Sequence[str], *, mode: Mode = "lid") -> str:
+        """Vote on a poll this phone has received or sent; no option takes the vote back. Raises ValueError."""
+        author, poll = self._known(poll_id)
+        form = reading.poll_of(poll)
+        if form is None:
+            raise ValueError(f"{poll_id} is not a poll on this phone")
+        unknown = set(options) - {option.optionName for option in form.options}
+        if unknown:
+            raise ValueError(f"the poll does not offer {', '.join(sorted(unknown))}")
+        voter = self.account.phone if mode == "pn" else self.account.lid
+        payload, iv = polls.seal(reading.secret_of(poll), poll_id, author.lid, voter, options)
+        # In a chat of two the key's address names the poll's author when that is the other one, else the chat.
+        return await self.send_message(to, bodies.vote(self.target(to, poll_id), payload, iv), mode=mode)
 
-    def _stanza(self, device: Device, msg_id: str, parts: list[Node]) -> Node:
-        sent, own = self.account.sent[msg_id], self.account
-        attrs: dict[str, Attribute]
-        if device.jid.user == own.phone.user:
-            chat = self._hub.world.accounts[sent.to]
-            attrs = {"from": own.lid, "recipient": chat.lid, "peer_recipient_pn": chat.phone}
-            attrs["addressing_mode"] = "lid"
-        elif sent.mode == "pn":
-            attrs = {"from": own.phone, "sender_lid": own.lid, "addressing_mode": "pn"}
-        else:
-            attrs = {"from": own.lid, "addressing_mode": "lid"}
-            if sent.mode == "lid":
-                attrs["sender_pn"] = own.phone
-        attrs |= {"id": msg_id, "t": int(time.time()), "notify": own.name, **sent.attrs}
-        return Node("message", attrs, parts)
+    def votes(self, poll_id: str) -> dict[str, list[str]]:
+        """Each voter's present choice, by number, as far as this phone has seen the votes."""
+        author, poll = self._known(poll_id)
+        form = reading.poll_of(poll)
+        if form is None:
+            raise ValueError(f"{poll_id} is not a poll on this phone")
+        names = {bodies.option_hash(option.optionName): option.optionName for option in form.options}
+        found: dict[str, list[str]] = {}
+        for message in sorted([*self.received, *self.written], key=lambda m: m.monotonic):
+            update = reading.unwrap(message.message).pollUpdateMessage
+            voter = self._hub.world.account(message.sender.removeprefix("+"))
+            if poll_id != update.pollCreationMessageKey.ID or voter is None:
+                continue
+            chosen = polls.open_vote(
+                reading.secret_of(poll),
+                poll_id,
+                (author.lid, author.phone),
+                (voter.lid, voter.phone),
+                update.vote.encPayload,
+                update.vote.encIV,
+            )
+            found[voter.number] = [names[choice] for choice in chosen if choice in names]
+        return found
 
-    def _group_attrs(self, group: Group, msg_id: str, extra: dict[str, str]) -> dict[str, Attribute]:
-        return {
-            "from": group.jid,
-            "participant": self.account.lid,
-            "participant_pn": self.account.phone,
-            "addressing_mode": "lid",
-            "id": msg_id,
-            "t": int(time.time()),
-            "notify": self.account.name,
-            **extra,
-        }
+    # --- being there, calling ---
 
-    def _post(self, device: Device, node: Node) -> None:
-        self._hub.post.put(device, "message", self.account.lid.user, node)
+    def set_picture(self, data: bytes) -> None:
+        """A profile picture; it is not encrypted. Empty takes it away."""
+        self.account.picture = self._hub.media.store(message_id().lower(), data) if data else ""
+        self._hub.changed()
+
+    async def typing(self, to: To, on: bool = True, *, recording: bool = False) -> None:
+        """Show "typing…" or "recording…" to the clients that are online now."""
+        presence.typing(self._hub, self.account, self._devices_of(to), on, recording, _group_jid(to))
+
+    async def come_online(self, to: To) -> None:
+        presence.here(self._hub, self.account, self._devices_of(to))
+
+    async def go_offline(self, to: To, last_seen: int | None = None) -> None:
+        """`last_seen`: seconds since 1970; 0 hides it; None is now."""
+        presence.gone(self._hub, self.account, self._devices_of(to), last_seen)
+
+    async def call(self, to: Phone | str, *, video: bool = False) -> str:
+        """Ring; the call's id. What clients do about it is in `WhatsAppSandbox.rings`."""
+        return presence.ring(self._hub, self.account, self._phone(to).account, video)
+
+    async def hang_up(self, to: Phone | str, call_id: str, reason: str = "timeout") -> None:
+        presence.hang_up(self._hub, self.account, self._phone(to).account, call_id, reason)
+
+    def _devices_of(self, to: To) -> list[Device]:
+        if isinstance(to, Group):
+            members = (self._hub.world.accounts[user] for user in to.members)
+            return [device for m in members if m is not self.account for device in m.devices.values()]
+        return self._phone(to).devices
+
+    # --- groups ---
+
+    async def rename_group(self, group: Group, name: str) -> None:
+        groups.rename(self._hub, group, self.account, name)
+
+    async def describe_group(self, group: Group, description: str) -> None:
+        groups.describe(self._hub, group, self.account, description)
+
+    async def add_to_group(self, group: Group, *people: Phone) -> None:
+        groups.add(self._hub, group, self.account, [person.account for person in people])
+
+    async def remove_from_group(self, group: Group, *people: Phone) -> None:
+        """Removing oneself is leaving."""
+        groups.remove(self._hub, group, self.account, [person.account for person in people])
+
+    async def promote_in_group(self, group: Group, *people: Phone, on: bool = True) -> None:
+        groups.promote(self._hub, group, self.account, [person.account for person in people], on)
 
 
-def _distribution(group: Group, key: bytes) -> e2e.Message:
-    message = e2e.Message()
-    message.senderKeyDistributionMessage.groupID = str(group.jid)
-    message.senderKeyDistributionMessage.axolotlSenderKeyDistributionMessage = key
-    return message
+def _group_jid(to: To) -> JID | None:
+    return to.jid if isinstance(to, Group) else None

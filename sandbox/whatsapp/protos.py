@@ -13,11 +13,14 @@ try:
     from neonize.proto.waAdv import WAAdv_pb2 as adv
     from neonize.proto.waCert import WACert_pb2 as cert
     from neonize.proto.waE2E import WAWebProtobufsE2E_pb2 as e2e
+    from neonize.proto.waHistorySync import WAWebProtobufsHistorySync_pb2 as history
+    from neonize.proto.waMmsRetry import WAMmsRetry_pb2 as mms_retry
     from neonize.proto.waWa6 import WAWebProtobufsWa6_pb2 as wa6
+    from neonize.proto.waWeb import WAWebProtobufsWeb_pb2 as web
 finally:
     if _before is None:
         del os.environ["SPHINX"]
     else:
         os.environ["SPHINX"] = _before
 
-__all__ = ["adv", "cert", "e2e", "wa6"]
+__all__ = ["adv", "cert", "e2e", "history", "mms_retry", "wa6", "web"]

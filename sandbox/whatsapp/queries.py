@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from typing import TYPE_CHECKING
 
 from sandbox.whatsapp.keys import DJB, verify
@@ -50,6 +51,22 @@ def answer(connection: Connection, node: Node) -> None:
             if connection.account and connection.account.lid.user in g.members
         ]
         content = [Node("groups", {}, [_group(world, group) for group in mine])]
+    elif namespace == "w:profile:picture" and node.text("type") == "get":
+        target = world.account_at(node.jid("target"))
+        if target is None or not target.picture:
+            connection.send(_error(node, 404, "item-not-found"))
+            return
+        content = [
+            Node(
+                "picture",
+                {
+                    "id": _picture_id(target),
+                    "type": first.text("type", "image"),
+                    "url": f"https://pps.whatsapp.net{target.picture}",
+                    "direct_path": target.picture,
+                },
+            )
+        ]
     elif namespace == "privacy" and node.text("type") == "get":
         content = [Node("privacy", {}, [Node("category", {"name": "readreceipts", "value": "all"})])]
     elif namespace == "w:sync:app:state":
@@ -160,8 +177,16 @@ def _user(world: World, user: Node, wanted: set[str]) -> Node:
         parts.append(Node("devices", {}, [Node("device-list", {}, _devices(account))]))
     if account is not None and "lid" in wanted:
         parts.append(Node("lid", {"val": account.lid}))
+    if account is not None and "status" in wanted:
+        parts.append(Node("status", {}, account.about.encode() or None))
+    if account is not None and "picture" in wanted and account.picture:
+        parts.append(Node("picture", {"id": _picture_id(account)}))
     phone = account.phone if account is not None and jid is not None and jid.server == LID_SERVER else None
     return Node("user", {"jid": jid, "pn_jid": phone}, parts)
+
+
+def _picture_id(account: Account) -> int:
+    return zlib.crc32(account.picture.encode())
 
 
 def _devices(account: Account) -> list[Node]:

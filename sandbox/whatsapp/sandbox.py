@@ -21,9 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from sandbox.whatsapp import reading
 from sandbox.whatsapp.connection import Connection, stream_error
-from sandbox.whatsapp.faults import Refusal, SendAction, SendFault, Silence
-from sandbox.whatsapp.hub import Call, Event, Hub, PairingTerms
+from sandbox.whatsapp.faults import MediaAction, MediaFault, Refusal, SendAction, SendFault, Silence
+from sandbox.whatsapp.hub import Call, Event, Hub, PairingTerms, Ring, Transfer
 from sandbox.whatsapp.ledger import Ledger
 from sandbox.whatsapp.nodes import JID
 from sandbox.whatsapp.pairing import PairingDesk
@@ -171,12 +172,34 @@ class WhatsAppSandbox:
     def groups(self) -> list[Group]:
         return list(self._hub.world.groups.values())
 
+    def drop_media(self, message_id: str, status: int = 410) -> None:
+        """The media server forgets what this message carries: 404 or 410 from now on. Its phone still has it."""
+        self._hub.media.drop(self._media_path(message_id), status)
+
+    def _media_path(self, message_id: str) -> str:
+        for phone in self._hub.phones.values():
+            for message in (*phone.written.items, *phone.received.items):
+                found = reading.media_of(message.message) if message.id == message_id else None
+                if found is not None:
+                    return str(found[1].directPath)
+        raise ValueError(f"nobody has sent media with the message id {message_id}")
+
     # --- what happened ---
 
     @property
     def calls(self) -> Ledger[Call]:
         """Every message stanza that a client sent, refused and repeated ones included."""
         return self._hub.calls
+
+    @property
+    def rings(self) -> Ledger[Ring]:
+        """What happened to phone calls: offers and ends by people, rejections by clients."""
+        return self._hub.rings
+
+    @property
+    def transfers(self) -> Ledger[Transfer]:
+        """Every upload and download of media."""
+        return self._hub.transfers
 
     @property
     def acks(self) -> Ledger[Ack]:
@@ -315,6 +338,23 @@ class WhatsAppSandbox:
         """What clients' sends meet: `nack` (with `code`), `swallow_ack`, `swallow`, `delay_ack` (`seconds`)."""
         target = to.id if isinstance(to, Group) else to.lid if to else None
         self._hub.faults.sends.append(SendFault(SendAction(action), code, seconds, times, target))
+
+    def fail_media(
+        self,
+        action: str = "status",
+        *,
+        status: int = 404,
+        seconds: float = 0,
+        times: int | None = None,
+        message_id: str | None = None,
+        upload: bool = False,
+    ) -> None:
+        """What downloads (or uploads) meet: `status`, `slow` and `hang` (`seconds`), `cut`, `corrupt`.
+
+        `message_id`: only the media of this message.
+        """
+        token = self._hub.media.token_of(self._media_path(message_id)) if message_id else None
+        self._hub.faults.media.append(MediaFault(MediaAction(action), status, seconds, times, token, upload))
 
     def lose_receipts(self, on: bool = True) -> None:
         """Receipts from clients get lost on the way: their messages are delivered again after the next login."""

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from sandbox.whatsapp import transfers
 from sandbox.whatsapp.connection import Connection
 from sandbox.whatsapp.hub import Event, Hub
 
@@ -97,6 +98,7 @@ class Server:
         app.router.add_get("/ws/chat", self._socket)
         app.router.add_post("/mms/{kind}/{token}", self._upload)
         app.router.add_get("/v/t62/{token}", self._download)
+        app.router.add_delete("/mms/{kind}/{token}", self._delete)
         ports = self._hub.world.ports
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2)
         await self._runner.setup()
@@ -167,12 +169,13 @@ class Server:
         return socket
 
     async def _upload(self, request: web.Request) -> web.Response:
-        path = self._hub.store_media(request.match_info["token"], await request.read())
-        return web.json_response({"url": f"https://mmg.whatsapp.net{path}", "direct_path": path})
+        return await transfers.upload(self._hub, request)
 
-    async def _download(self, request: web.Request) -> web.Response:
-        blob = self._hub.media(request.match_info["token"])
-        return web.Response(status=404) if blob is None else web.Response(body=blob)
+    async def _delete(self, request: web.Request) -> web.Response:
+        return transfers.delete(self._hub, request)
+
+    async def _download(self, request: web.Request) -> web.StreamResponse:
+        return await transfers.download(self._hub, request)
 
 
 async def _both_ways(

@@ -157,6 +157,8 @@ class Account:
     name: str
     keys: PhoneKeys
     auto_receipts: str | None = "delivered"
+    about: str = ""  # the line under the name
+    picture: str = ""  # path of the profile picture on the media server
     devices: dict[int, Device] = field(default_factory=dict)
     devices_made: int = 0
     sessions: dict[JID, list[Session]] = field(default_factory=dict)
