@@ -232,9 +232,10 @@ def _direction(line: dict[str, Any]) -> Literal["inbound", "outbound"]:
         return value  # type: ignore[no-any-return]
     if value is not None:
         raise _Bad("direction: must be inbound or outbound")
-    if ("sender" in line) == ("recipient" in line):
+    sender, recipient = line.get("sender") is not None, line.get("recipient") is not None
+    if sender == recipient:
         raise _Bad("direction: missing; say inbound or outbound, or give sender or recipient alone")
-    return "inbound" if "sender" in line else "outbound"
+    return "inbound" if sender else "outbound"
 
 
 def _type(line: dict[str, Any]) -> MessageType:
