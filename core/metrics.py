@@ -99,6 +99,12 @@ class Metrics:
             ["tenant_id", "session_id"],
             registry=r,
         )
+        self.phone_seen = Gauge(
+            "gateway_phone_seen_timestamp_seconds",
+            "When the phone of a linked WhatsApp session last gave a sign of its own.",
+            ["tenant_id", "session_id"],
+            registry=r,
+        )
         self.session_up = Gauge(
             "gateway_session_up",
             "1 when a wanted session is active, else 0.",

@@ -19,6 +19,7 @@ from core import faults, log
 from core.channel import (
     Attempt,
     Channel,
+    MessageType,
     NotSent,
     NumberCheck,
     OutboundMessage,
@@ -32,13 +33,23 @@ from core.channel import (
     Typing,
     Unknown,
 )
-from core.errors import ChannelError, Conflict, JournalError, NotSentError, UnknownOutcomeError
+from core.errors import (
+    ChannelError,
+    Conflict,
+    DatabaseUnavailable,
+    JournalError,
+    NotSentError,
+    UnknownOutcomeError,
+)
 from core.identity import external_id, phone_e164
 from core.journal import Journal
 from core.metrics import Metrics
-from gateway.whatsapp import sending, states, store
+from gateway.whatsapp import outgoing, phone_sign, sending, settings, states, store
+from gateway.whatsapp.checks import Checks
 from gateway.whatsapp.folder import FolderLock, FolderTaken, forget_device, message_secret
 from gateway.whatsapp.intents import Intent, Intents
+from gateway.whatsapp.listening import Listening
+from gateway.whatsapp.manners import Manners
 from gateway.whatsapp.pairing import Pairing
 from gateway.whatsapp.process import ChildGone, ChildProcess, ChildRefused, ChildTimeout
 from gateway.whatsapp.protocol import INTENTS_FILE, journal_path, store_path
@@ -46,6 +57,7 @@ from gateway.whatsapp.pump import Pump
 from gateway.whatsapp.reporter import Reporter
 from gateway.whatsapp.supervisor import Supervisor
 from gateway.whatsapp.timings import Timings
+from gateway.whatsapp.uploader import Uploader
 from gateway.whatsapp.values import Json
 
 REPLAY_SECONDS = 5.0
@@ -67,9 +79,20 @@ class WhatsAppChannel:
         metrics: Metrics,
         timings: Timings | None = None,
     ) -> None:
-        self._context, self._sink, self._metrics = context, sink, metrics
+        self._context, self._metrics = context, metrics
         self._timings = timings or Timings()
-        self._reporter = Reporter(sink, context.session_id)
+        self._settings = settings.read(context.metadata)
+        self._manners = Manners(self._settings, self._timings)
+        self._phone = phone_sign.PhoneSign(context.folder)
+        self._uploads = Uploader(self._timings.upload)
+        self._checks = Checks(self._ask_numbers)
+        self._sink = Listening(
+            sink,
+            on_stored=self._manners.noticed,
+            on_paired=lambda: self._phone.seen(time.time()),
+            warning=lambda: self._phone.warning,
+        )
+        self._reporter = Reporter(self._sink, context.session_id)
         self._supervisor = Supervisor(
             context,
             command,
@@ -181,15 +204,22 @@ class WhatsAppChannel:
         attempt = message.attempt
         to = sending.jid_of(attempt.recipient)
         device = await asyncio.to_thread(self._device)
+        draft = outgoing.draft(message, to, device)
         child = await self._connected_child()
+        uploaded = await self._uploads.place(child, draft.upload) if draft.upload else None
         secret = await asyncio.to_thread(self._secret, attempt)
-        body = sending.build(message, secret, device)
-        await asyncio.to_thread(self._intend, attempt, secret, device)
-        # A caller that gives up does not take the send back: it goes on, watched, so that `resolve` knows when it ended.
-        task = asyncio.create_task(self._hand_over(child, attempt, to, body))
-        self._sends.add(task)
-        task.add_done_callback(self._send_ended)
-        return await asyncio.shield(task)
+        body = outgoing.finish(draft, secret, uploaded)
+        text = (message.content or "") if message.message_type is MessageType.TEXT else None
+        # Up to here, and while "typing…" is shown, whoever cancels this call has stopped the send.
+        async with self._manners.typing(child, to, text):
+            await asyncio.to_thread(self._intend, attempt, secret, device)
+            # A caller that gives up does not take the send back: it goes on, watched, so that `resolve` knows its end.
+            task = asyncio.create_task(self._hand_over(child, attempt, to, body))
+            self._sends.add(task)
+            task.add_done_callback(self._send_ended)
+            sent = await asyncio.shield(task)
+        self._manners.answered(child, attempt.recipient)
+        return sent
 
     async def _hand_over(self, child: ChildProcess, attempt: Attempt, to: str, body: Json) -> Sent:
         key = (int(attempt.queue_id), attempt.claim_epoch)
@@ -296,14 +326,18 @@ class WhatsAppChannel:
     # ---- the smaller capabilities ----
 
     async def check(self, recipients: Sequence[str]) -> dict[str, bool]:
-        """By recipient as given. Raises NotSentError when there is no link, Invalid for what is no address."""
+        """By recipient as given. Raises NotSentError when there is no link, ThrottledError when asked too often, Invalid
+        for what is no address."""
         phones = {r: external_id("whatsapp", r).partition(":+")[2] for r in recipients}
-        asked = sorted({phone for phone in phones.values() if phone})
-        found: dict[str, bool] = await self._ask("check", phones=asked) if asked else {}
+        found = await self._checks({phone for phone in phones.values() if phone})
         return {r: found.get(phone, False) if phone else True for r, phone in phones.items()}
 
+    async def _ask_numbers(self, phones: list[str]) -> dict[str, bool]:
+        found: dict[str, bool] = await self._ask("check", phones=phones)
+        return found
+
     async def typing(self, recipient: str, on: bool) -> None:
-        await self._ask("typing", to=sending.jid_of(recipient), on=on)
+        await self._ask("typing", to=sending.jid_of(recipient), on=on, leave=not on)
 
     async def mark_read(self, recipient: str, message_ids: Sequence[str], sender: str | None = None) -> None:
         chat = sending.jid_of(recipient)
@@ -335,7 +369,20 @@ class WhatsAppChannel:
 
     async def _report_only(self) -> None:
         if not self._tasks:
-            self._tasks = [asyncio.create_task(self._guard("reporter", self._reporter.run))]
+            await asyncio.to_thread(self._phone.start)
+            self._tasks = [
+                asyncio.create_task(self._guard("reporter", self._reporter.run)),
+                asyncio.create_task(self._guard("phone", self._watch_phone)),
+            ]
+
+    async def _watch_phone(self) -> None:
+        """Say it in time when the phone gives no sign any more, and stop saying it when it does again."""
+        gauge = self._metrics.phone_seen.labels(str(self._context.tenant_id), str(self._context.session_id))
+        while True:
+            gauge.set(self._phone.last or 0)
+            with contextlib.suppress(DatabaseUnavailable):
+                await self._sink.look_again()
+            await asyncio.sleep(self._timings.phone)
 
     async def _live(self) -> None:
         """The journal's rest first, then WhatsApp."""
@@ -354,6 +401,7 @@ class WhatsAppChannel:
                 self._sink,
                 self._journal,
                 intent_of=self._intent_of,
+                on_event=self._noticed,
                 metrics=self._metrics,
                 timings=self._timings,
             )
@@ -407,6 +455,11 @@ class WhatsAppChannel:
         if self._intents is not None:
             await asyncio.to_thread(self._intents.close)
             self._intents = None
+
+    def _noticed(self, event: Json) -> None:
+        at = phone_sign.sign_of(event)
+        if at is not None:
+            self._phone.seen(at)
 
     def _hint(self) -> None:
         if self._pump is not None:

@@ -9,10 +9,12 @@ DEBUG log, never touches the database server, and does not outlive its parent.
 Commands `{"id", "op", …}`, each answered by `{"ev": "reply", "id", "result"}` or `{"ev": "reply", "id", "error"}`:
   open {proxy, heal, give_up}   once: drop the sessions to heal, then connect      pair_code {phone}
   send {to, message}            `message` is the JSON of WhatsApp's own protobuf   check {phones}
-  typing {to, on} · read {chat, sender, ids} · probe · ping · logout · stop
+  upload {path, kind, preview, sticker, duration}   answers the message's parts that say where the file is
+  download {to, kind, path, key, …} into the file `to` · download_stop {to} · reject_call {id, from}
+  typing {to, on, leave} · read {chat, sender, ids} · name {name} · probe · ping · logout · stop
 Reports: ready · qr · paired · pair_error · login · connected · disconnected · keepalive_timeout · logged_out ·
   stream_replaced · temporary_ban · client_outdated · connect_failure · stream_error · journaled · heal · lost · gate_alarm ·
-  journal_failed
+  journal_failed · call · history · history_waits · history_failed
 """
 
 from __future__ import annotations
@@ -42,16 +44,28 @@ from neonize.events import EVENT_TO_INT, INT_TO_EVENT
 from neonize.proto import Neonize_pb2 as pb
 from neonize.proto.waCompanionReg.WAWebProtobufsCompanionReg_pb2 import DeviceProps
 from neonize.proto.waE2E.WAWebProtobufsE2E_pb2 import Message as E2EMessage
-from neonize.utils.enum import ChatPresence, ChatPresenceMedia, ReceiptType
+from neonize.utils.enum import (
+    ChatPresence,
+    ChatPresenceMedia,
+    MediaType,
+    MediaTypeToMMS,
+    Presence,
+    ReceiptType,
+)
 from neonize.utils.log import log as neonize_log
 
 from core import faults
 from core.errors import JournalError
 from core.journal import Journal
-from gateway.whatsapp import store
+from gateway.whatsapp import store, uploads
+from gateway.whatsapp.downloads import Remote
+from gateway.whatsapp.fetching import Fetching, refusal_of
 from gateway.whatsapp.folder import FolderTaken, take
 from gateway.whatsapp.gate import Gate, GateTimings, Suspect, key_of
+from gateway.whatsapp.holds import Holds
 from gateway.whatsapp.protocol import (
+    CALL,
+    GROUP_NOTICE,
     LINE_LIMIT,
     LOST,
     MESSAGE,
@@ -68,12 +82,26 @@ THREADS = 32
 """Neonize keeps one for ever, a send that hangs keeps another; the default pool is too small on a small machine."""
 LOOK_SECONDS = 0.2
 LOCK_SECONDS = 4.0
+CALLS_KEPT = 1000
+"""Whose beginning said whether they are video calls."""
 PR_SET_PDEATHSIG = 1
 
 _JOURNALED = {
     EVENT_TO_INT[pb.Message]: MESSAGE,
     EVENT_TO_INT[pb.UndecryptableMessage]: UNDECRYPTABLE,
     EVENT_TO_INT[pb.Receipt]: RECEIPT,
+    EVENT_TO_INT[pb.CallOffer]: CALL,
+    EVENT_TO_INT[pb.CallOfferNotice]: CALL,
+    EVENT_TO_INT[pb.CallAccept]: CALL,
+    EVENT_TO_INT[pb.CallTerminate]: CALL,
+    EVENT_TO_INT[pb.GroupInfoEvent]: GROUP_NOTICE,
+    EVENT_TO_INT[pb.JoinedGroup]: GROUP_NOTICE,
+}
+_CALL_PARTS = {
+    EVENT_TO_INT[pb.CallOffer]: "offer",
+    EVENT_TO_INT[pb.CallOfferNotice]: "offer_notice",
+    EVENT_TO_INT[pb.CallAccept]: "accept",
+    EVENT_TO_INT[pb.CallTerminate]: "terminate",
 }
 _REPORTED = {
     EVENT_TO_INT[event]: name
@@ -128,7 +156,10 @@ class Child:
         self.wire = wire
         self.journal = Journal(journal_path(folder))
         self.gate = Gate()
+        self.holds = Holds()
+        self.fetching: Fetching | None = None
         self.client: _Client | None = None
+        self._video: dict[str, bool] = {}
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._connected = False
@@ -196,6 +227,10 @@ class Child:
         neonize_log.setLevel(
             logging.DEBUG
         )  # tells whatsmeow its level; Python's own logging is off altogether
+        self.fetching = Fetching(
+            self.folder, self.holds, self.wire.say, proxy=command.get("proxy"), library=self._by_library
+        )
+        self._spawn(self.fetching.run())
         client = _Client(str(path), self._on_login)
         client.event.execute = self._on_event
         client.event.list_func = dict.fromkeys([*_JOURNALED, *_REPORTED], _unused)
@@ -220,6 +255,28 @@ class Child:
             "chat": _text(response.Chat) or command["to"],
         }
 
+    async def _do_download(self, command: dict[str, Any]) -> dict[str, Any]:
+        if self.fetching is None:
+            raise ConnectionError("websocket not connected")
+        return await self.fetching.download(command)
+
+    async def _do_download_stop(self, command: dict[str, Any]) -> None:
+        if self.fetching is not None:
+            self.fetching.stop_download(command["to"])
+
+    async def _by_library(self, remote: Remote) -> bytes:
+        kind = next(member for member in MediaTypeToMMS if member.value == remote.kind)
+        try:
+            found: bytes = await self._live.download_media_with_path(
+                remote.path, remote.enc_sha256 or b"", remote.sha256 or b"", remote.key, 0, MediaType[kind.name], kind
+            )
+        except Exception as error:
+            raise refusal_of(error) from error
+        return found
+
+    async def _do_reject_call(self, command: dict[str, Any]) -> None:
+        await self._live.reject_call(_jid(command["from"]), command["id"])
+
     async def _do_pair_code(self, command: dict[str, Any]) -> dict[str, Any]:
         return {"code": await self._live.PairPhone(command["phone"], True)}
 
@@ -227,11 +284,25 @@ class Child:
         answers = await self._live.is_on_whatsapp(*[f"+{phone}" for phone in command["phones"]])
         return {answer.Query.lstrip("+"): bool(answer.IsIn) for answer in answers}
 
+    async def _do_upload(self, command: dict[str, Any]) -> dict[str, Any]:
+        live = self._live
+        data, found = await asyncio.to_thread(uploads.prepare, command)
+        response = await live.upload(data, MediaType[f"Media{command['kind'].capitalize()}"])
+        return found | uploads.placed(response)
+
     async def _do_typing(self, command: dict[str, Any]) -> None:
+        """Shown only of somebody who is online; while we are, the phone rings no bell, so `leave` as soon as it is over."""
+        if command["on"]:
+            await self._live.send_presence(Presence.AVAILABLE)
         state = ChatPresence.CHAT_PRESENCE_COMPOSING if command["on"] else ChatPresence.CHAT_PRESENCE_PAUSED
         await self._live.send_chat_presence(
             _jid(command["to"]), state, ChatPresenceMedia.CHAT_PRESENCE_MEDIA_TEXT
         )
+        if command.get("leave"):
+            await self._live.send_presence(Presence.UNAVAILABLE)
+
+    async def _do_name(self, command: dict[str, Any]) -> None:
+        await self._live.set_profile_name(command["name"])
 
     async def _do_read(self, command: dict[str, Any]) -> None:
         await self._live.mark_read(
@@ -275,6 +346,7 @@ class Child:
         if not binary or size <= 0:
             return
         entry = pb.LogEntry.FromString(ctypes.string_at(binary, size))
+        self.holds.on_log(entry.Name, entry.Message)
         self.gate.on_log(entry.Name, entry.Message)
 
     def _on_event(self, _uuid: int, binary: int, size: int, code: int) -> None:
@@ -306,7 +378,20 @@ class Child:
             key = " ".join(event.MessageIDs)[:200]
             self._append(kind, key, orjson.dumps({"event": kind, "at": at, "data": MessageToDict(event)}))
             return
+        if kind == CALL:
+            self._store_call(_CALL_PARTS[code], event, at)
+            return
+        if kind == GROUP_NOTICE:
+            self._append(
+                kind, event.JID.User if code == EVENT_TO_INT[pb.GroupInfoEvent] else "",
+                orjson.dumps({"event": kind, "at": at, "data": MessageToDict(event)}),
+            )  # fmt: skip
+            return
         source = event.Info.MessageSource
+        if kind == MESSAGE:
+            change = event.Message.protocolMessage
+            if source.IsFromMe and change.HasField("historySyncNotification") and self.fetching is not None:
+                self.fetching.announce(event.Info.ID, change.historySyncNotification)
         senders = [jid for jid in (_text(source.Sender), _text(source.SenderAlt)) if jid]
         if kind == MESSAGE and _only_key_distribution(event.Message):
             self.gate.key_distribution(event.Info.ID, senders)
@@ -333,6 +418,20 @@ class Child:
             self.gate.stored(event.Info.ID, senders, confirmed_later=not newsletter)
         else:
             self.gate.noted(event.Info.ID, senders)
+
+    def _store_call(self, part: str, event: Any, at: float) -> None:
+        meta = event.basicCallMeta
+        if part in ("offer", "offer_notice"):
+            video = getattr(event, "media", "") == "video" or any(n.Tag == "video" for n in event.data.Nodes)
+            self._video[meta.callID] = video
+            while len(self._video) > CALLS_KEPT:
+                del self._video[next(iter(self._video))]
+        fields = {"event": CALL, "at": at, "part": part, "video": self._video.get(meta.callID)}
+        self._append(CALL, meta.callID, orjson.dumps({**fields, "data": MessageToDict(event)}))
+        self.holds.call_stored(part, meta.callID)
+        if part == "offer":
+            creator = _text(meta.callCreator) or _text(getattr(meta, "from"))
+            self.wire.say("call", call=meta.callID, creator=creator, at=int(meta.timestamp))
 
     def _append(self, kind: str, key: str, payload: bytes) -> None:
         faults.point("whatsapp.journal.before")

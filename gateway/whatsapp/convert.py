@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from gateway.whatsapp import content, protocol
 from gateway.whatsapp.baileys import convert_baileys
 from gateway.whatsapp.cloud import convert_cloud
 from gateway.whatsapp.people import Party, is_group, is_ignored, own_address, party
+from gateway.whatsapp.settings import wants_groups
 from gateway.whatsapp.values import Json, clean, decimal_of, items, message_id, milliseconds, name_of, obj
 
 __all__ = ["convert_baileys", "convert_cloud", "convert_event", "convert_webhook", "unreadable"]
@@ -34,8 +36,18 @@ _RECEIPTS: dict[str, Literal["delivered", "read"]] = {
 def convert_webhook(body: Any, context: SessionContext) -> Converted:
     """Whichever of the two the body is. Never raises."""
     if isinstance(body, dict) and ("entry" in body or body.get("object") == "whatsapp_business_account"):
-        return convert_cloud(body, context)
-    return convert_baileys(body, context)
+        return _wanted(convert_cloud(body, context), context)
+    return _wanted(convert_baileys(body, context), context)
+
+
+def _wanted(converted: Converted, context: SessionContext) -> Converted:
+    """Without what is said in groups, when the session's settings say so."""
+    if wants_groups(context.metadata):
+        return converted
+    kept = tuple(m for m in converted.messages if m.person.kind != "group")
+    return replace(
+        converted, messages=kept, ignored=converted.ignored + len(converted.messages) - len(kept)
+    )
 
 
 def convert_event(
@@ -49,8 +61,9 @@ def convert_event(
     if kind == protocol.RECEIPT:
         return _receipt(data, context, look_up)
     if kind == protocol.LOST:
-        return _lost(data, context, look_up, arrived)
-    return _message(entry, data, context, look_up, arrived, placeholder=kind == protocol.UNDECRYPTABLE)
+        return _wanted(_lost(data, context, look_up, arrived), context)
+    placeholder = kind == protocol.UNDECRYPTABLE
+    return _wanted(_message(entry, data, context, look_up, arrived, placeholder=placeholder), context)
 
 
 def _message(

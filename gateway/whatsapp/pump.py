@@ -25,6 +25,7 @@ from gateway.whatsapp import protocol, store
 from gateway.whatsapp.convert import convert_event, unreadable
 from gateway.whatsapp.intents import Intent
 from gateway.whatsapp.timings import Timings
+from gateway.whatsapp.values import Json
 
 BATCH = 100
 MEASURE_SECONDS = 1.0
@@ -44,12 +45,14 @@ class Pump:
         journal: Journal,
         *,
         intent_of: Callable[[bytes], Intent | None],
+        on_event: Callable[[Json], None] = lambda _event: None,
         metrics: Metrics,
         timings: Timings,
     ) -> None:
-        """`intent_of`: which queue item a secret marks; blocking."""
+        """`intent_of`: which queue item a secret marks; blocking. `on_event` sees every entry before it is converted."""
         self._context, self._sink, self._journal, self._intent_of = context, sink, journal, intent_of
         self._metrics, self._timings = metrics, timings
+        self._on_event = on_event
         self._hint = asyncio.Event()
         self._lids: dict[str, str] = {}
         self._after = 0
@@ -151,6 +154,7 @@ class Pump:
     async def _convert(self, entry: Entry) -> tuple[Sequence[InboundMessage], Sequence[StatusUpdate]]:
         try:
             body = orjson.loads(entry.payload)
+            self._on_event(body)
             await self._learn_lids(body)
             await self._learn_own_number()
             converted = convert_event(body, self._context, phone_of=self._lids.get)

@@ -1,19 +1,16 @@
-"""An outbound message as the JSON of WhatsApp's protobuf, and what whatsmeow's error texts mean for a send. Pure."""
+"""Where a send goes, what it quotes, and what whatsmeow's error texts mean for it. Pure; bodies are made in `outgoing`."""
 
 from __future__ import annotations
 
-from base64 import b64encode
 from typing import Any
 
-from core.channel import MessageType, OutboundMessage, Quoted
+from core.channel import Quoted
 from core.errors import ChannelError, Invalid, NotSentError, RefusedError, ThrottledError
 from core.identity import address_of, channel_of, checked
 from gateway.whatsapp import content
 from gateway.whatsapp.store import Device
 from gateway.whatsapp.values import Json, obj
 
-MAX_TEXT = 65_536
-"""Characters WhatsApp takes in one message."""
 REACHOUT_WAIT = 6 * 3600.0
 """Seconds until first contacts are tried again after WhatsApp refused one."""
 LINK_WAIT = 2.0
@@ -34,39 +31,17 @@ def jid_of(recipient: str) -> str:
     return f"{address.lstrip('+')}@s.whatsapp.net"
 
 
-def build(message: OutboundMessage, secret: bytes, device: Device | None) -> Json:
-    """The message as WhatsApp's protobuf in JSON, marked with the attempt's secret. Raises RefusedError."""
-    if message.message_type is not MessageType.TEXT:
-        raise RefusedError(
-            f"WhatsApp messages of type {message.message_type} cannot be sent yet; send text.",
-            code="unsupported_type",
-        )
-    text = message.content or ""
-    if not text.strip():
-        raise RefusedError("The message has no text.", code="empty")
-    if len(text) > MAX_TEXT:
-        raise RefusedError(
-            f"The text has {len(text)} characters; WhatsApp takes {MAX_TEXT}. Split it.", code="too_long"
-        )
-    body: Json = {"text": text.replace("\x00", "")}
-    if message.quoted is not None:
-        body["contextInfo"] = quote(message.quoted, device)
-    return {
-        "extendedTextMessage": body,
-        "messageContextInfo": {"messageSecret": b64encode(secret).decode()},
-    }
-
-
 def quote(quoted: Quoted, device: Device | None) -> Json:
     """What a reply carries of the message it answers: its id, its author, and what it said."""
     return {
         "stanzaID": quoted.channel_message_id,
-        "participant": _author(quoted, device),
+        "participant": author(quoted, device),
         "quotedMessage": _quoted_body(quoted),
     }
 
 
-def _author(quoted: Quoted, device: Device | None) -> str:
+def author(quoted: Quoted, device: Device | None) -> str:
+    """Who wrote it, in the form the chat is addressed by where that is known; empty when nothing is."""
     if quoted.from_me:
         return device.phone if device else ""
     # The form the chat is addressed by, where the original still says it; else the phone.

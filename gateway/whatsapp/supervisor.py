@@ -155,7 +155,8 @@ class Supervisor:
         await child.ask(
             "open",
             seconds=t.start,
-            proxy=self._context.metadata.get("proxy"),
+            # With its password it is a credential; the row shows the rest.
+            proxy=self._context.credentials.get("proxy") or self._context.metadata.get("proxy"),
             heal=[s for s in heal if s["key"] not in give_up],
             give_up=give_up,
             gate={"alarm": t.gate_alarm, "orphan": t.gate_orphan, "quiet": t.gate_quiet},

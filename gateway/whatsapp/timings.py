@@ -15,6 +15,12 @@ class Timings:
     """Any command but a send."""
     send: float = 90.0
     """whatsmeow may wait without an end after a reconnect."""
+    upload: float = 60.0
+    """A file on its way to WhatsApp's media server. Nothing has been sent meanwhile."""
+    typing: float = 3.0
+    """How long "typing…" is shown before a text, at most."""
+    phone: float = 600.0
+    """Between two looks at how long the phone has given no sign."""
     link: float = 3.0
     """A send that finds the link down waits this long for it to come back."""
     stop: float = 4.0

@@ -1,4 +1,4 @@
-"""The small parts: what a send becomes, error texts, the folder, whatsmeow's file, the pairing's clock."""
+"""The small parts: addresses, quotes, error texts, the folder, whatsmeow's file, the pairing's clock."""
 
 from __future__ import annotations
 
@@ -12,16 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from core.channel import (
-    Attempt,
-    MessageId,
-    MessageType,
-    OutboundMessage,
-    QueueId,
-    Quoted,
-    SessionId,
-    TenantId,
-)
+from core.channel import Quoted
 from core.errors import ChannelError, NotSentError, RefusedError, ThrottledError
 from gateway.whatsapp import sending, store
 from gateway.whatsapp.folder import FolderLock, FolderTaken, forget_device, message_secret, take
@@ -33,11 +24,6 @@ from gateway.whatsapp.timings import Timings
 DEVICE = store.Device(
     "60123456789:3@s.whatsapp.net", "60123456789@s.whatsapp.net", "100000000000001@lid", "Shop"
 )
-
-
-def outbound(text: str | None, **fields: object) -> OutboundMessage:
-    attempt = Attempt(TenantId(1), SessionId(2), QueueId(3), MessageId(4), 5, "whatsapp:+60111222333")
-    return OutboundMessage(attempt, fields.pop("kind", MessageType.TEXT), text, **fields)  # type: ignore[arg-type]
 
 
 # ---- sending
@@ -60,27 +46,6 @@ def test_another_address_is_refused(recipient: str) -> None:
     with pytest.raises(RefusedError) as error:
         sending.jid_of(recipient)
     assert error.value.code == "invalid_recipient"
-
-
-def test_every_message_carries_its_attempts_secret() -> None:
-    body = sending.build(outbound("hi\x00"), b"s" * 32, DEVICE)
-    assert body["extendedTextMessage"] == {"text": "hi"}
-    assert body["messageContextInfo"]["messageSecret"] == "c3Nzc3Nzc3Nzc3Nzc3Nzc3Nzc3Nzc3Nzc3Nzc3Nzc3M="
-
-
-@pytest.mark.parametrize(
-    ("message", "code"),
-    [
-        (outbound(None), "empty"),
-        (outbound(" \n"), "empty"),
-        (outbound("x" * 65_537), "too_long"),
-        (outbound("x", kind=MessageType.IMAGE), "unsupported_type"),
-    ],
-)
-def test_what_cannot_be_sent_says_why(message: OutboundMessage, code: str) -> None:
-    with pytest.raises(RefusedError) as error:
-        sending.build(message, b"s" * 32, DEVICE)
-    assert error.value.code == code
 
 
 def test_a_quote_goes_one_level_deep_and_names_the_author() -> None:
