@@ -95,7 +95,6 @@ def workers_of(services: Services) -> dict[str, bool]:
         "inbound": services.inbound,
         "outbound": services.outbound,
         "downloads": services.downloads,
-        "downloads": services.downloads,
         "spool": services.spool,
     }
     return {name: bool(part.healthy) for name, part in parts.items() if part is not None}

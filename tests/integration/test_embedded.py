@@ -1,7 +1,5 @@
 """The embedded PostgreSQL: where it may live, who it runs as, and that no kill leaves an orphan or a dead address."""
 
-# ruff: noqa: ASYNC240  (a test may look at a file)
-
 from __future__ import annotations
 
 import asyncio

@@ -85,7 +85,7 @@ class Shop:
                 } | columns
                 names = ", ".join(row)
                 marks = ", ".join(f"${n}" for n in range(1, len(row) + 1))
-                sql = f"INSERT INTO et_messages ({names}) VALUES ({marks}) RETURNING id"  # noqa: S608
+                sql = f"INSERT INTO et_messages ({names}) VALUES ({marks}) RETURNING id"
                 ids.append(await conn.fetchval(sql, *row.values()))
         return ids
 

@@ -75,7 +75,7 @@ class Place:
     async def rows(self, columns: str = "*", where: str = "true") -> list[Any]:
         """Messages of the tenant in order of id."""
         return await self.fetch(
-            f"SELECT {columns} FROM et_messages WHERE tenant_id = $1 AND {where} ORDER BY id",  # noqa: S608
+            f"SELECT {columns} FROM et_messages WHERE tenant_id = $1 AND {where} ORDER BY id",
             self.tenant_id,
         )
 

@@ -88,7 +88,7 @@ async def enqueue(db: Database, place: Place, text: str, *, to: str = "alice", *
     given = f"tenant_id => $1, channel_session_id => $2, recipient => $3, content => $4{names}"
     queue_id: int = await value(
         db,
-        f"SELECT queue_id FROM et_enqueue_outbound({given})",  # noqa: S608
+        f"SELECT queue_id FROM et_enqueue_outbound({given})",
         place.tenant_id,
         place.session_id,
         to,

@@ -180,7 +180,7 @@ async def _populated(api: Api) -> World:
     for table in ("agents", "workspaces"):
         ids[f"{table[:-1]}_id"] = await value(
             api.db,
-            f"INSERT INTO et_{table} (tenant_id, name) VALUES ($1, 'one') RETURNING id",  # noqa: S608
+            f"INSERT INTO et_{table} (tenant_id, name) VALUES ($1, 'one') RETURNING id",
             owner.id,
         )
     ids["key_id"] = await value(
@@ -290,7 +290,7 @@ async def _snapshot(world: World) -> Any:
     for table in tables:
         rows = await fetch(
             world.api.db,
-            f"SELECT to_jsonb(t) - 'last_used_at' AS row FROM et_{table} t WHERE tenant_id = $1 ORDER BY id",  # noqa: S608
+            f"SELECT to_jsonb(t) - 'last_used_at' AS row FROM et_{table} t WHERE tenant_id = $1 ORDER BY id",
             world.owner.id,
         )
         found[table] = [row["row"] for row in rows]

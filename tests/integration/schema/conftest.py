@@ -1,7 +1,5 @@
 """A migrated database with two tenants in it, as the schema's tests need it."""
 
-# ruff: noqa: S608  (statements made of fixed names)
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable

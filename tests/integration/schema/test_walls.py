@@ -1,7 +1,5 @@
 """No tenant sees or touches another's rows, whatever SQL is sent and whatever is set."""
 
-# ruff: noqa: S608  (statements made of fixed names)
-
 from __future__ import annotations
 
 from typing import Any
@@ -32,7 +30,8 @@ async def furnished(world: Any) -> Any:
         own = {
             "et_agents": "(tenant_id, name) VALUES ($1, 'x')",
             "et_workspaces": "(tenant_id, name) VALUES ($1, 'x')",
-            "et_api_keys": "(tenant_id, name, prefix, key_hash) VALUES ($1, 'x', 'p' || $1::BIGINT, sha256($1::BIGINT::TEXT::BYTEA))",
+            "et_api_keys": "(tenant_id, name, prefix, key_hash)"
+            " VALUES ($1, 'x', 'p' || $1::BIGINT, sha256($1::BIGINT::TEXT::BYTEA))",
             "et_audit_log": "(tenant_id, event) VALUES ($1, 'access_denied')",
             "et_suppressions": "(tenant_id, identity_hash, reason) VALUES ($1, '\\x00', 'erased')",
         }
