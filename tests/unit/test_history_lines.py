@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -159,7 +158,7 @@ def test_a_part_of_a_second_is_kept() -> None:
         (line(timestamp=5), "timestamp: lies before 1990"),
         (line(timestamp=-1), "timestamp: lies before 1990"),
         (line(timestamp=WHEN * 1_000_000), "timestamp: neither seconds nor milliseconds"),
-        (line(timestamp=int(time.time()) + 200_000), "timestamp: lies in the future"),
+        (line(timestamp=4_102_444_800), "timestamp: lies in the future"),
         (line(message_type="fax"), "message_type: must be one of text, image"),
         (line(message_type=["text"]), "message_type: must be one of"),
         (line(content=5), "content: must be text"),
