@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,8 +28,10 @@ from core.channel import (
     Stored,
 )
 from core.errors import DatabaseUnavailable, GatewayError
+from core.history import Counts, Item
 from core.metrics import Metrics
 from core.store.sessions import SessionRow
+from gateway.session_sinks import SessionStore
 
 log = logs.get(part="sessions")
 
@@ -81,6 +84,7 @@ class Runner:
         credentials: Callable[[], Awaitable[dict[str, Any]]],
         starting: asyncio.Semaphore,
         timings: RunnerTimings,
+        store: SessionStore,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.row = row
@@ -101,6 +105,7 @@ class Runner:
         if not row.pending:
             self.known.set()
         self._ingest = ingest
+        self._store = store
         self._metrics = metrics
         self._manager = manager
         self._credentials = credentials
@@ -313,6 +318,29 @@ class Sink:
         await runner.known.wait()
         self._check()
         await runner._ingest.apply_status(updates)
+
+    async def history(
+        self, source: AsyncIterable[Item], committed: Callable[[int], None], *, kind: str = "sync"
+    ) -> Counts:
+        runner = self._runner
+        await runner.known.wait()
+        self._check()
+        return await runner._store.history(runner.row.tenant_id, runner.session_id, source, committed, kind)
+
+    async def names(self, names: Mapping[str, str]) -> None:
+        await self._runner.known.wait()
+        self._check()
+        await self._runner._store.names(self._runner.row.tenant_id, names)
+
+    async def automatic_reply(
+        self, recipient: str, text: str, *, purpose: str, at_most_every: timedelta
+    ) -> bool:
+        runner = self._runner
+        await runner.known.wait()
+        self._check()
+        return await runner._store.automatic_reply(
+            runner.row.tenant_id, runner.session_id, recipient, text, purpose, at_most_every
+        )
 
     async def state(self, state: SessionState) -> None:
         self._runner.heard()

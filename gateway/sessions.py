@@ -39,6 +39,7 @@ from core.store.sessions import SessionRow
 from gateway import session_folders as folders
 from gateway.session_identity import Identity
 from gateway.session_runner import Ingesting, Runner, RunnerTimings
+from gateway.session_sinks import SessionStore
 from gateway.session_writer import StateWriter
 
 log = logs.get(part="sessions")
@@ -113,6 +114,7 @@ class SessionManager:
             clock=clock,
         )
         self._writer = StateWriter(db, owner)
+        self._store = SessionStore(db, lambda: int(getattr(ingest, "depth", 0)))
         self._identity = Identity(self, db, self._keys, self._writer, clock)
 
     # --- life
@@ -303,6 +305,7 @@ class SessionManager:
             credentials=secrets,
             starting=self._starting,
             timings=self._timings.runner,
+            store=self._store,
             clock=self._clock,
         )
 

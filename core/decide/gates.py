@@ -68,6 +68,8 @@ def _message_gate(context: Context, message: Incoming) -> Decision | None:
         return Decision("ignore", "group")
     if message.message_type in _WITHOUT_ANSWER:
         return Decision("ignore", _WITHOUT_ANSWER[message.message_type])
+    if message.media and message.media.get("call") in ("declined", "answered"):
+        return Decision("ignore", "call")
     return None
 
 

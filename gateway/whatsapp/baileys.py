@@ -93,6 +93,7 @@ def _convert(item: Any, context: SessionContext) -> InboundMessage | None:
         author = member or lead
     from_me = key.get("fromMe") is True
     raw = clean(item)
+    raw |= content.marks(item.get("message"))
     if from_me:
         raw["origin"] = "phone"
     sender = own_address(context) if from_me else author.address

@@ -19,6 +19,8 @@ from core import faults, log
 from core.channel import (
     Attempt,
     Channel,
+    MediaSource,
+    MediaTarget,
     MessageType,
     NotSent,
     NumberCheck,
@@ -30,6 +32,7 @@ from core.channel import (
     SessionState,
     SessionStatus,
     Sink,
+    StoredMedia,
     Typing,
     Unknown,
 )
@@ -44,13 +47,16 @@ from core.errors import (
 from core.identity import external_id, phone_e164
 from core.journal import Journal
 from core.metrics import Metrics
-from gateway.whatsapp import outgoing, phone_sign, sending, settings, states, store
+from core.sinks import HistorySink, ReplySink
+from gateway.whatsapp import calls, mediafiles, outgoing, phone_sign, sending, settings, states, store
 from gateway.whatsapp.checks import Checks
 from gateway.whatsapp.folder import FolderLock, FolderTaken, forget_device, message_secret
+from gateway.whatsapp.history import HistorySync
 from gateway.whatsapp.intents import Intent, Intents
 from gateway.whatsapp.listening import Listening
 from gateway.whatsapp.manners import Manners
 from gateway.whatsapp.pairing import Pairing
+from gateway.whatsapp.polls import Polls
 from gateway.whatsapp.process import ChildGone, ChildProcess, ChildRefused, ChildTimeout
 from gateway.whatsapp.protocol import INTENTS_FILE, journal_path, store_path
 from gateway.whatsapp.pump import Pump
@@ -90,8 +96,12 @@ class WhatsAppChannel:
             sink,
             on_stored=self._manners.noticed,
             on_paired=lambda: self._phone.seen(time.time()),
+            on_active=lambda state: self._manners.introduce(self._supervisor.child, state.name),
             warning=lambda: self._phone.warning,
         )
+        self._polls = Polls(context.folder, store_path(context.folder))
+        self._history = HistorySync(context, sink) if isinstance(sink, HistorySink) else None
+        self._replies = sink if isinstance(sink, ReplySink) else None
         self._reporter = Reporter(self._sink, context.session_id)
         self._supervisor = Supervisor(
             context,
@@ -101,6 +111,7 @@ class WhatsAppChannel:
             reporter=self._reporter,
             on_journaled=self._hint,
             on_stranger=self._stranger,
+            on_report=self._reported,
         )
         self._journal: Journal | None = None
         self._intents: Intents | None = None
@@ -109,6 +120,7 @@ class WhatsAppChannel:
         self._run: asyncio.Task[None] | None = None
         self._inflight: dict[tuple[int, int], ChildProcess] = {}
         self._sends: set[asyncio.Task[Sent]] = set()
+        self._gestures: set[asyncio.Task[Any]] = set()
         self._opening = threading.Lock()
         self._changing = asyncio.Lock()
 
@@ -237,6 +249,8 @@ class WhatsAppChannel:
         finally:
             self._inflight.pop(key, None)
         faults.point("whatsapp.send.replied")
+        with contextlib.suppress(sqlite3.Error):  # votes would name no options, that is all
+            await asyncio.to_thread(self._polls.remember, str(reply["message_id"]), body)
         return Sent(str(reply["message_id"]), datetime.fromtimestamp(int(reply["timestamp"]), UTC))
 
     def _send_ended(self, task: asyncio.Task[Sent]) -> None:
@@ -344,6 +358,25 @@ class WhatsAppChannel:
         author = sending.jid_of(external_id("whatsapp", sender)) if sender else chat
         await self._ask("read", chat=chat, sender=author, ids=list(message_ids))
 
+    async def download(self, message: StoredMedia, target: MediaTarget) -> None:
+        """The child writes the file itself, from where an earlier try left off."""
+        wanted = mediafiles.request(message)
+        child = await self._connected_child()
+        to = str(target.path)
+        try:
+            reply = await child.ask("download", seconds=self._timings.download, to=to, **wanted)
+        except (ChildGone, ChildTimeout, ChildRefused) as error:
+            self._gesture(child, "download_stop", to=to)
+            raise NotSentError(
+                f"The WhatsApp client did not download it ({error}).", code="media_later"
+            ) from error
+        except asyncio.CancelledError:
+            self._gesture(child, "download_stop", to=to)
+            raise
+        problem = mediafiles.outcome(reply)
+        if problem is not None:
+            raise problem
+
     async def _ask(self, op: str, **fields: Any) -> Any:
         child = await self._connected_child()
         try:
@@ -402,10 +435,14 @@ class WhatsAppChannel:
                 self._journal,
                 intent_of=self._intent_of,
                 on_event=self._noticed,
+                asked=self._polls,
+                replies=self._replies,
                 metrics=self._metrics,
                 timings=self._timings,
             )
             self._tasks.append(asyncio.create_task(self._guard("pump", self._pump.run)))
+            if self._history is not None:
+                self._tasks.append(asyncio.create_task(self._guard("history", self._history.run)))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REPLAY_SECONDS):
                 await self._pump.idle.wait()
@@ -468,6 +505,39 @@ class WhatsAppChannel:
     def _stranger(self, present: bool) -> None:
         if self._pump is not None:
             self._pump.stranger(present)
+        if self._history is not None:
+            self._history.stranger(present)
+
+    def _reported(self, line: Json) -> None:
+        """What the child says that the supervisor has no use for."""
+        event = line.get("ev")
+        if event == "history":
+            logger.info("history.fetched", session_id=self._context.session_id, action=line.get("sync"),
+                        result=f"{line.get('progress')} %")  # fmt: skip
+            if self._history is not None:
+                self._history.hint()
+        elif event == "history_failed":
+            logger.error("history.lost", session_id=self._context.session_id, error=line.get("error"),
+                         action="this part of the phone's history is missing; pair again to get it again")  # fmt: skip
+        elif (
+            event == "call"
+            and self._settings.call_policy == "decline"
+            and calls.rings(line.get("at"), time.time())
+        ):
+            child = self._supervisor.child
+            if child is not None:
+                self._gesture(child, "reject_call", **{"id": line["call"], "from": line["creator"]})
+
+    def _gesture(self, child: ChildProcess, op: str, **fields: Any) -> None:
+        """Asked without waiting; what becomes of it changes nothing."""
+
+        async def ask() -> None:
+            with contextlib.suppress(ChildGone, ChildTimeout, ChildRefused):
+                await child.ask(op, seconds=self._timings.command, **fields)
+
+        task = asyncio.create_task(ask())
+        self._gestures.add(task)
+        task.add_done_callback(self._gestures.discard)
 
     @property
     def _store(self) -> Path:
@@ -483,9 +553,11 @@ class WhatsAppChannel:
             return None
 
 
-def _contract(channel: WhatsAppChannel) -> tuple[Channel, Pairable, NumberCheck, Typing, ReadReceipts]:
+def _contract(
+    channel: WhatsAppChannel,
+) -> tuple[Channel, Pairable, NumberCheck, Typing, ReadReceipts, MediaSource]:
     """Keeps the adapter honest under mypy."""
-    return channel, channel, channel, channel, channel
+    return channel, channel, channel, channel, channel, channel
 
 
 __all__ = ["Timings", "WhatsAppChannel"]

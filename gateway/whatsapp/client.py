@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
@@ -41,6 +42,7 @@ from google.protobuf.message import DecodeError
 from neonize._binder import ProxySettings, gocode
 from neonize.aioze.client import NewAClient
 from neonize.events import EVENT_TO_INT, INT_TO_EVENT
+from neonize.exc import SendPresenceError
 from neonize.proto import Neonize_pb2 as pb
 from neonize.proto.waCompanionReg.WAWebProtobufsCompanionReg_pb2 import DeviceProps
 from neonize.proto.waE2E.WAWebProtobufsE2E_pb2 import Message as E2EMessage
@@ -268,7 +270,13 @@ class Child:
         kind = next(member for member in MediaTypeToMMS if member.value == remote.kind)
         try:
             found: bytes = await self._live.download_media_with_path(
-                remote.path, remote.enc_sha256 or b"", remote.sha256 or b"", remote.key, 0, MediaType[kind.name], kind
+                remote.path,
+                remote.enc_sha256 or b"",
+                remote.sha256 or b"",
+                remote.key,
+                0,
+                MediaType[kind.name],
+                kind,
             )
         except Exception as error:
             raise refusal_of(error) from error
@@ -293,13 +301,18 @@ class Child:
     async def _do_typing(self, command: dict[str, Any]) -> None:
         """Shown only of somebody who is online; while we are, the phone rings no bell, so `leave` as soon as it is over."""
         if command["on"]:
-            await self._live.send_presence(Presence.AVAILABLE)
+            await self._presence(Presence.AVAILABLE)
         state = ChatPresence.CHAT_PRESENCE_COMPOSING if command["on"] else ChatPresence.CHAT_PRESENCE_PAUSED
         await self._live.send_chat_presence(
             _jid(command["to"]), state, ChatPresenceMedia.CHAT_PRESENCE_MEDIA_TEXT
         )
         if command.get("leave"):
-            await self._live.send_presence(Presence.UNAVAILABLE)
+            await self._presence(Presence.UNAVAILABLE)
+
+    async def _presence(self, presence: Presence) -> None:
+        """Best effort: whatsmeow cannot say it before the phone has told it the account's name."""
+        with contextlib.suppress(SendPresenceError):
+            await self._live.send_presence(presence)
 
     async def _do_name(self, command: dict[str, Any]) -> None:
         await self._live.set_profile_name(command["name"])

@@ -72,7 +72,7 @@ _WORDS = {
     ),
 }
 
-_POLLS = ("pollCreationMessage", "pollCreationMessageV2", "pollCreationMessageV3", "pollCreationMessageV5")
+POLLS = ("pollCreationMessage", "pollCreationMessageV2", "pollCreationMessageV3", "pollCreationMessageV5")
 
 _NOT_FOR_PEOPLE = frozenset(
     {
@@ -113,6 +113,51 @@ def unwrap(message: Json) -> tuple[Json, bool]:
         else:
             break
     return message, once
+
+
+def vote(message: Any, opened: Json) -> Content | None:
+    """A vote that could be opened (see `polls.py`): which options were chosen, in words."""
+    body, _ = unwrap(obj(message))
+    part = field(body, "pollUpdateMessage")
+    if not isinstance(part, dict):
+        return read(message)
+    chosen = [option for option in items(opened.get("options")) if isinstance(option, str)]
+    unknown = number_of(opened.get("unknown")) or 0
+    words = ", ".join(chosen + ([f"{unknown} option{'s'[: unknown > 1]}"] if unknown else []))
+    target = _target(part, "pollCreationMessageKey")
+    media = {"vote": True, "chosen": chosen, "question": text_of(opened.get("question"))}
+    return Content(MessageType.POLL, f"Voted: {words}" if words else "Took the vote back", target, media)
+
+
+_REFERRAL = {
+    "source_url": "sourceUrl",
+    "source_id": "sourceId",
+    "source_type": "sourceType",
+    "headline": "title",
+    "body": "body",
+    "ref": "ref",
+    "ctwa_clid": "ctwaClid",
+    "app": "sourceApp",
+}
+"""The Cloud API's names for where an ad's click came from, and WhatsApp's own."""
+
+
+def marks(message: Any) -> Json:
+    """What is worth finding in `raw_payload` without knowing WhatsApp: the ad it came from, that it was forwarded."""
+    body, _ = unwrap(obj(message))
+    found: Json = {}
+    for part in body.values():
+        context = obj(field(part, "contextInfo")) if isinstance(part, dict) else {}
+        if not context:
+            continue
+        ad = obj(field(context, "externalAdReply"))
+        referral = {name: text_of(field(ad, key)) for name, key in _REFERRAL.items()}
+        referral["entry_point"] = text_of(field(context, "entryPointConversionSource"))
+        if any(referral[name] for name in ("source_id", "ctwa_clid", "entry_point")):
+            found["referral"] = {name: value for name, value in referral.items() if value}
+        if field(context, "isForwarded") is True:
+            found["forwarded"] = max(1, number_of(field(context, "forwardingScore")) or 1)
+    return found
 
 
 def secret(message: Any) -> str | None:
@@ -227,7 +272,7 @@ def _vcard(card: str | None) -> Json:
 
 
 def _poll(body: Json) -> Content | None:
-    for name in _POLLS:
+    for name in POLLS:
         part = field(body, name)
         if isinstance(part, dict):
             options = [
@@ -239,8 +284,12 @@ def _poll(body: Json) -> Content | None:
             }
             return Content(MessageType.POLL, text_of(field(part, "name")), _quoted(part), poll)
     vote = field(body, "pollUpdateMessage")
-    if isinstance(vote, dict):  # the vote itself is encrypted with the poll's secret
-        return Content(MessageType.UNSUPPORTED, None, _target(vote, "pollCreationMessageKey"))
+    if isinstance(vote, dict):  # the vote itself is encrypted with the poll's secret: see `vote`
+        return Content(
+            MessageType.UNSUPPORTED,
+            "Voted in a poll (the vote could not be read)",
+            _target(vote, "pollCreationMessageKey"),
+        )
     return None
 
 

@@ -17,14 +17,20 @@ import orjson
 from core.channel import Converted, InboundMessage, MessageType, SessionContext, StatusUpdate
 from gateway.whatsapp import content, protocol
 from gateway.whatsapp.baileys import convert_baileys
+from gateway.whatsapp.calls import convert_call
 from gateway.whatsapp.cloud import convert_cloud
+from gateway.whatsapp.notices import convert_notice
 from gateway.whatsapp.people import Party, is_group, is_ignored, own_address, party
-from gateway.whatsapp.settings import wants_groups
+from gateway.whatsapp.settings import read, wants_groups
 from gateway.whatsapp.values import Json, clean, decimal_of, items, message_id, milliseconds, name_of, obj
 
 __all__ = ["convert_baileys", "convert_cloud", "convert_event", "convert_webhook", "unreadable"]
 
 PhoneOf = Callable[[str], str | None]
+
+UNAVAILABLE = (
+    "Not available on linked devices, perhaps a photo or video to be viewed once: open it on the phone"
+)
 
 _RECEIPTS: dict[str, Literal["delivered", "read"]] = {
     "DELIVERED": "delivered",
@@ -45,9 +51,7 @@ def _wanted(converted: Converted, context: SessionContext) -> Converted:
     if wants_groups(context.metadata):
         return converted
     kept = tuple(m for m in converted.messages if m.person.kind != "group")
-    return replace(
-        converted, messages=kept, ignored=converted.ignored + len(converted.messages) - len(kept)
-    )
+    return replace(converted, messages=kept, ignored=converted.ignored + len(converted.messages) - len(kept))
 
 
 def convert_event(
@@ -62,6 +66,12 @@ def convert_event(
         return _receipt(data, context, look_up)
     if kind == protocol.LOST:
         return _wanted(_lost(data, context, look_up, arrived), context)
+    if kind == protocol.CALL:
+        meta = obj(data.get("basicCallMeta"))
+        caller = party(_jid(meta.get("callCreator")), _jid(meta.get("callCreatorAlt")), look_up)
+        return convert_call(entry, data, context, caller, read(context.metadata).call_policy)
+    if kind == protocol.GROUP_NOTICE:
+        return _wanted(_notice(data, context, look_up, arrived), context)
     placeholder = kind == protocol.UNDECRYPTABLE
     return _wanted(_message(entry, data, context, look_up, arrived, placeholder=placeholder), context)
 
@@ -75,8 +85,13 @@ def _message(
     if is_ignored(chat) or (placeholder and data.get("DecryptFailMode") == "DECRYPT_FAIL_HIDE"):
         return Converted(ignored=1)
     body = obj(data.get("Message"))
+    found: content.Content | None
     if placeholder or "problem" in entry:
-        found: content.Content | None = content.Content(MessageType.UNSUPPORTED)
+        found = content.Content(
+            MessageType.UNSUPPORTED, UNAVAILABLE if data.get("IsUnavailable") is True else None
+        )
+    elif isinstance(entry.get("vote"), dict):
+        found = content.vote(body, entry["vote"])
     else:
         found = content.read(body)
     if found is None:
@@ -93,7 +108,8 @@ def _message(
     if lead is None or identifier is None:
         raise ValueError("the event names no sender or no id")
     raw = clean(data)
-    raw |= {key: clean(entry[key]) for key in ("raw", "problem") if key in entry}
+    raw |= {key: clean(entry[key]) for key in ("raw", "problem", "vote") if key in entry}
+    raw |= content.marks(body)
     if from_me:
         raw["origin"] = "phone"
     name = None if from_me or lead.kind == "group" else name_of(info.get("Pushname"))
@@ -118,6 +134,19 @@ def _message(
         arrived_at=arrived,
     )
     return Converted(messages=(message,))
+
+
+def _notice(data: Json, context: SessionContext, phone_of: PhoneOf, arrived: float) -> Converted:
+    """Something about a group: a new name, members who come and go."""
+
+    def who(jid: Any) -> str:
+        found = party(_jid(jid), "", phone_of)
+        return found.address if found else "somebody"
+
+    info = obj(data.get("GroupInfo"))
+    group = party(_jid(data.get("JID") or info.get("JID")), "", phone_of)
+    actor = party(_jid(data.get("Sender")), _jid(data.get("SenderPN")), phone_of)
+    return convert_notice(data, context, group, actor, who, arrived)
 
 
 def _receipt(data: Json, context: SessionContext, phone_of: PhoneOf) -> Converted:

@@ -22,6 +22,8 @@ SECRET_FILE = "secret.key"  # noqa: S105 - a file name
 MESSAGE = "message"
 UNDECRYPTABLE = "undecryptable"
 RECEIPT = "receipt"
+CALL = "call"
+GROUP_NOTICE = "group_notice"
 LOST = "lost"
 """A message that could not be recovered: stored as a placeholder that says so."""
 

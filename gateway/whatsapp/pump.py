@@ -21,11 +21,12 @@ from core.channel import InboundMessage, MessageType, Person, SessionContext, Si
 from core.errors import DatabaseUnavailable, JournalError
 from core.journal import Entry, Journal
 from core.metrics import Metrics
-from gateway.whatsapp import protocol, store
+from core.sinks import ReplySink
+from gateway.whatsapp import calls, polls, protocol, settings, store
 from gateway.whatsapp.convert import convert_event, unreadable
 from gateway.whatsapp.intents import Intent
 from gateway.whatsapp.timings import Timings
-from gateway.whatsapp.values import Json
+from gateway.whatsapp.values import Json, items, obj
 
 BATCH = 100
 MEASURE_SECONDS = 1.0
@@ -46,6 +47,8 @@ class Pump:
         *,
         intent_of: Callable[[bytes], Intent | None],
         on_event: Callable[[Json], None] = lambda _event: None,
+        asked: polls.Polls | None = None,
+        replies: ReplySink | None = None,
         metrics: Metrics,
         timings: Timings,
     ) -> None:
@@ -53,6 +56,8 @@ class Pump:
         self._context, self._sink, self._journal, self._intent_of = context, sink, journal, intent_of
         self._metrics, self._timings = metrics, timings
         self._on_event = on_event
+        self._asked = asked or polls.Polls(context.folder, protocol.store_path(context.folder))
+        self._replies = replies
         self._hint = asyncio.Event()
         self._lids: dict[str, str] = {}
         self._after = 0
@@ -131,6 +136,9 @@ class Pump:
             messages += [(entry, message) for message in found]
             updates += [(entry, update) for update in receipts]
         kept = await self._store(messages) | await self._apply(updates)
+        for entry, message in messages:
+            if entry.kind == protocol.CALL and entry.number not in kept:
+                await self._after_call(entry, message)
         self._done = [entry.number for entry in entries if entry.number not in kept]
         self._after = max(self._after, entries[-1].number)
         if kept:
@@ -157,6 +165,8 @@ class Pump:
             self._on_event(body)
             await self._learn_lids(body)
             await self._learn_own_number()
+            if entry.kind == protocol.MESSAGE:
+                await self._open_vote(body)
             converted = convert_event(body, self._context, phone_of=self._lids.get)
             self._count(entry.kind)
             return [await self._recognised(m) for m in converted.messages], converted.updates
@@ -171,6 +181,32 @@ class Pump:
             if entry.kind == protocol.RECEIPT:
                 return (), ()
             return (unreadable(entry.payload, entry.key, entry.appended_at, self._context),), ()
+
+    async def _open_vote(self, body: Json) -> None:
+        """Put what a vote chose beside it, and keep what a poll asks for the votes that follow."""
+        data = obj(body.get("data"))
+        try:
+            if polls.is_vote(data):
+                opened = await asyncio.to_thread(self._asked.read, data)
+                if opened is not None:
+                    body["vote"] = opened
+            elif polls.form_of(data.get("Message")) is not None:
+                identifier = str(obj(data.get("Info")).get("ID"))
+                await asyncio.to_thread(self._asked.remember, identifier, data.get("Message"))
+        except sqlite3.Error as error:
+            logger.warning("poll.not_kept", session_id=self._context.session_id, error=str(error))
+
+    async def _after_call(self, entry: Entry, message: InboundMessage) -> None:
+        """The text that follows a declined call. Raises DatabaseUnavailable: then the entry comes once more."""
+        if self._replies is None:
+            return
+        body = orjson.loads(entry.payload)
+        wanted = settings.read(self._context.metadata)
+        text = calls.text_after(body, obj(body.get("data")), wanted, time.time())
+        if text is not None:
+            await self._replies.automatic_reply(
+                message.person.external_id, text, purpose=calls.PURPOSE, at_most_every=calls.AT_MOST_EVERY
+            )
 
     async def _recognised(self, message: InboundMessage) -> InboundMessage:
         """An own echo that carries a secret of ours names the queue item it comes from."""
@@ -302,6 +338,13 @@ def lids_without_phone(body: object) -> list[str]:
     info = data.get("Info")
     source = data.get("MessageSource") or (info.get("MessageSource") if isinstance(info, dict) else None)
     if not isinstance(source, dict):
+        people = [obj(data.get("basicCallMeta")).get("callCreator"), data.get("Sender")]
+        people += [jid for name in ("Join", "Leave", "Promote", "Demote") for jid in items(data.get(name))]
+        found = [
+            str(jid["User"]) for jid in map(obj, people) if jid.get("Server") == "lid" and jid.get("User")
+        ]
+        if found:
+            return found
         jids = [data.get("sender"), data.get("chat")]
         return [j.partition("@")[0] for j in jids if isinstance(j, str) and j.endswith("@lid")]
     pairs = (("Sender", "SenderAlt"), ("Chat", "RecipientAlt" if source.get("IsFromMe") else "SenderAlt"))

@@ -55,6 +55,14 @@ def find_secret(path: Path, secret: bytes) -> SecretRow | None:
     return SecretRow(str(rows[0][0]), str(rows[0][1])) if rows else None
 
 
+def secrets_of(path: Path, message_id: str) -> list[tuple[bytes, str]]:
+    """(secret, author) of the messages with this id: ids are unique only per chat."""
+    rows = _read(
+        path, "SELECT key, sender_jid FROM whatsmeow_message_secrets WHERE message_id = ?", (message_id,)
+    )
+    return [(key, str(author)) for key, author in rows if isinstance(key, bytes)]
+
+
 def phone_of_lid(path: Path, lid: str) -> str | None:
     """`100000000000002` → `60123456789` (digits), when whatsmeow has seen the pair."""
     rows = _read(path, "SELECT pn FROM whatsmeow_lid_map WHERE lid = ?", (lid,))

@@ -57,12 +57,13 @@ class Supervisor:
         reporter: Reporter,
         on_journaled: Callable[[], None],
         on_stranger: Callable[[bool], None],
+        on_report: Callable[[dict[str, Any]], None] = lambda _line: None,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._context, self._command = context, tuple(command)
         self._metrics, self._timings, self._reporter = metrics, timings, reporter
-        self._hint, self._on_stranger = on_journaled, on_stranger
+        self._hint, self._on_stranger, self._on_report = on_journaled, on_stranger, on_report
         self._clock, self._chance = clock, chance
         self.child: ChildProcess | None = None
         self.link = asyncio.Event()
@@ -276,9 +277,7 @@ class Supervisor:
     # ---- what the child says ----
 
     def _on_line(self, line: dict[str, Any]) -> None:
-        handler = getattr(self, f"_on_{line.get('ev')}", None)
-        if handler is None:
-            return
+        handler = getattr(self, f"_on_{line.get('ev')}", self._on_report)
         try:
             handler(line)
         except Exception:

@@ -17,8 +17,12 @@ class Timings:
     """whatsmeow may wait without an end after a reconnect."""
     upload: float = 60.0
     """A file on its way to WhatsApp's media server. Nothing has been sent meanwhile."""
+    download: float = 590.0
+    """A file on its way from WhatsApp; the media worker gives up a little later."""
     typing: float = 3.0
     """How long "typing…" is shown before a text, at most."""
+    name: tuple[float, ...] = (5.0, 30.0, 120.0)
+    """Waits before the display name is tried again."""
     phone: float = 600.0
     """Between two looks at how long the phone has given no sign."""
     link: float = 3.0

@@ -1,0 +1,99 @@
+"""What a session's sink does with the database beyond storing what arrives: history in bulk, names, automatic texts.
+
+Knows no channel. Every call may be repeated: nothing is stored or sent twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
+from datetime import timedelta
+from typing import TypeVar
+
+import asyncpg
+
+from core import log as logs
+from core.channel import SessionId, TenantId
+from core.database import Database, is_transient
+from core.errors import DatabaseUnavailable
+from core.history import Counts, HistoryImport, Item
+from core.store import leads, replies
+from core.store.audit import Conn
+
+log = logs.get(part="sessions")
+T = TypeVar("T")
+
+NAMES_AT_ONCE = 500
+
+
+class SessionStore:
+    """`live_depth`: how many live messages wait for the database now."""
+
+    def __init__(self, db: Database, live_depth: Callable[[], int] = lambda: 0) -> None:
+        self._db = db
+        self._live_depth = live_depth
+
+    async def history(
+        self,
+        tenant_id: TenantId,
+        session_id: SessionId,
+        source: AsyncIterable[Item],
+        committed: Callable[[int], None],
+        kind: str,
+    ) -> Counts:
+        work = HistoryImport(
+            self._db,
+            tenant_id=tenant_id,
+            session_id=session_id,
+            kind=kind,
+            live_depth=self._live_depth,
+            progress=lambda counts: committed(counts.lines),
+        )
+        return await work.run(source)
+
+    async def names(self, tenant_id: TenantId, names: Mapping[str, str]) -> None:
+        people = sorted(names)
+        for start in range(0, len(people), NAMES_AT_ONCE):
+            keys = [(int(tenant_id), person) for person in people[start : start + NAMES_AT_ONCE]]
+
+            async def fill(conn: Conn, keys: list[tuple[int, str]] = keys) -> None:
+                known = await leads.find(conn, keys)
+                wanted = {
+                    (int(tenant_id), lead.lead_id): names[key[1]]
+                    for key, lead in known.items()
+                    if not lead.named and lead.kind == "person"
+                }
+                if wanted:
+                    await leads.fill_names(conn, wanted)
+
+            await self._with(fill)
+
+    async def automatic_reply(
+        self,
+        tenant_id: TenantId,
+        session_id: SessionId,
+        recipient: str,
+        text: str,
+        purpose: str,
+        at_most_every: timedelta,
+    ) -> bool:
+        async def enqueue(conn: Conn) -> bool:
+            async with conn.transaction():
+                return await replies.enqueue_once(
+                    conn, tenant_id, session_id, recipient, text, purpose=purpose, every=at_most_every
+                )
+
+        try:
+            return await self._with(enqueue)
+        except asyncpg.PostgresError as error:
+            # A suspended tenant, a recipient nobody can write to: the call itself is stored all the same.
+            log.warning("reply.refused", tenant_id=tenant_id, session_id=session_id, error=str(error))
+            return False
+
+    async def _with(self, work: Callable[[Conn], Awaitable[T]]) -> T:
+        try:
+            async with self._db.worker() as conn:
+                return await work(conn)
+        except Exception as error:
+            if is_transient(error):
+                raise DatabaseUnavailable(f"the database cannot be used now ({error})") from error
+            raise
