@@ -24,7 +24,7 @@ AWAY_SECONDS = 1.0
 
 _STREAM = Raw(
     {
-        "text/event-stream": "Events `message`, `status`, `session`, `decision`, `insight`; `data` is JSON with `kind`, `id`"
+        "text/event-stream": "Events `message`, `status`, `session`, `decision`, `insight`, `import`; `data` is JSON with `kind`, `id`"
         " (of the message, session, decision or insight) and what it is about. One `reset` when `Last-Event-ID` is too"
         " old: read the lists anew."
     }
