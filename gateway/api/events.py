@@ -25,8 +25,8 @@ AWAY_SECONDS = 1.0
 _STREAM = Raw(
     {
         "text/event-stream": "Events `message`, `status`, `session`, `decision`, `insight`, `import`; `data` is JSON"
-        " with `kind`, `id` (of the message, session, decision, insight or import) and what it is about. One `reset` when `Last-Event-ID` is too"
-        " old: read the lists anew."
+        " with `kind`, `id` (of the message, session, decision, insight or import) and what it is about."
+        " One `reset` when `Last-Event-ID` is too old: read the lists anew."
     }
 )
 
