@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from pydantic import ValidationError
 
 from sandbox.whatsapp import composing, people, reading, requests
+from sandbox.whatsapp.admin_base import LONGEST_POLL, describe_group, describe_message, number_of, read
+from sandbox.whatsapp.admin_faults import FaultRoutes
+from sandbox.whatsapp.admin_page import PageRoutes
 from sandbox.whatsapp.pairing import PairingRefused
-from sandbox.whatsapp.phone import Phone, Received
 from sandbox.whatsapp.sandbox import WhatsAppSandbox
-from sandbox.whatsapp.world import Device, Group, digits
 
 _LOOPBACK = "127.0.0.1"
-_LONGEST_POLL = 60.0
 
 
-_Model = TypeVar("_Model", bound=requests.Body)
-
-
-class AdminServer:
+class AdminServer(FaultRoutes, PageRoutes):
     """`await start(port)` gives the address; `await stop()` ends it. Stop it before the sandbox."""
 
     def __init__(self, wa: WhatsAppSandbox) -> None:
-        self._wa = wa
+        super().__init__(wa)
         self._runner: web.AppRunner | None = None
         self.url = ""
 
@@ -35,7 +31,7 @@ class AdminServer:
         """Raises OSError when the port is taken."""
         app = web.Application(middlewares=[_errors], client_max_size=64 << 20)
         add = app.router
-        add.add_get("/", self._overview)
+        add.add_get("/", self._front)
         add.add_get("/people", self._people)
         add.add_post("/people", self._new_person)
         add.add_patch("/people/{number}", self._habits)
@@ -54,19 +50,11 @@ class AdminServer:
         add.add_get("/people/{number}/messages", self._messages)
         add.add_get("/people/{number}/messages/{id}/media", self._media)
         add.add_get("/people/{number}/receipts", self._receipts)
-        add.add_post("/people/{number}/devices/{device}", self._act)
         add.add_get("/groups", self._groups)
         add.add_post("/groups", self._new_group)
         add.add_post("/groups/{id}", self._change_group)
-        add.add_get("/calls", self._calls)
-        add.add_get("/rings", self._rings)
-        add.add_get("/acks/{id}", self._ack)
-        add.add_post("/faults/sends", self._send_faults)
-        add.add_post("/faults/logins", self._login_faults)
-        add.add_post("/faults/media", self._media_faults)
-        add.add_post("/media/drop", self._drop_media)
-        add.add_delete("/faults", self._clear)
-        add.add_post("/restart", self._restart)
+        self.add_fault_routes(add)
+        self.add_page_routes(add)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
         await self._runner.setup()
         await web.TCPSite(self._runner, _LOOPBACK, port).start()
@@ -78,35 +66,13 @@ class AdminServer:
             await self._runner.cleanup()
             self._runner = None
 
-    # --- looking people up ---
-
-    def _named(self, number: str) -> Phone:
-        wanted = "+" + digits(number)
-        for phone in self._wa.people:
-            if phone.number == wanted:
-                return phone
-        raise web.HTTPNotFound(text=f"nobody here has the number {wanted}: POST /people first")
-
-    def _person(self, request: web.Request) -> Phone:
-        return self._named(request.match_info["number"])
-
-    def _device(self, request: web.Request) -> Device:
-        phone = self._person(request)
-        try:
-            return phone.account.devices[int(request.match_info["device"])]
-        except (KeyError, ValueError):
-            numbers = ", ".join(map(str, phone.account.devices)) or "none"
-            raise web.HTTPNotFound(
-                text=f"{phone.number} has no such linked device; it has: {numbers}"
-            ) from None
-
-    def _group(self, group_id: str) -> Group:
-        for group in self._wa.groups:
-            if group_id in (group.id, str(group.jid)):
-                return group
-        raise web.HTTPNotFound(text=f"there is no group {group_id}")
-
     # --- what is there ---
+
+    async def _front(self, request: web.Request) -> web.StreamResponse:
+        """The page for a browser, JSON for everybody else."""
+        if "text/html" in request.headers.get("Accept", ""):
+            return self.page("index.html")
+        return await self._overview(request)
 
     async def _overview(self, request: web.Request) -> web.Response:
         return web.json_response(
@@ -114,7 +80,7 @@ class AdminServer:
                 "launch_file": str(self._wa.launch_file.resolve()),
                 "client_command": self._wa.client_command(),
                 "people": [self._describe(phone) for phone in self._wa.people],
-                "groups": [_describe_group(group) for group in self._wa.groups],
+                "groups": [describe_group(group) for group in self._wa.groups],
                 "routes": sorted(
                     f"{route.method} {route.resource.canonical}"
                     for route in request.app.router.routes()
@@ -123,35 +89,16 @@ class AdminServer:
             }
         )
 
-    def _describe(self, phone: Phone) -> dict[str, Any]:
-        devices = [
-            {
-                "device": device.number,
-                "jid": str(device.jid),
-                "online": self._wa.is_online(device),
-                "waiting": len(device.mailbox.waiting),
-            }
-            for device in phone.devices
-        ]
-        return {
-            "number": phone.number,
-            "name": phone.name,
-            "lid": phone.lid,
-            "auto_receipts": phone.auto_receipts,
-            "devices": devices,
-            "received": len(phone.received),
-        }
-
     async def _people(self, request: web.Request) -> web.Response:
         return web.json_response([self._describe(phone) for phone in self._wa.people])
 
     async def _new_person(self, request: web.Request) -> web.Response:
-        body = await _read(request, requests.NewPerson)
+        body = await read(request, requests.NewPerson)
         phone = self._wa.person(body.number, body.name, auto_receipts=body.auto_receipts)
         return web.json_response(self._describe(phone), status=201)
 
     async def _habits(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, requests.Habits)
+        phone, body = self._person(request), await read(request, requests.Habits)
         if body.auto_receipts is not None:
             phone.auto_receipts = None if body.auto_receipts == "none" else body.auto_receipts
         if body.answers_retries is not None:
@@ -165,42 +112,42 @@ class AdminServer:
     # --- linking ---
 
     async def _scan(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, requests.Scan)
+        phone, body = self._person(request), await read(request, requests.Scan)
         device = await phone.scan(body.qr)
         return web.json_response({"device": device.number, "jid": str(device.jid)}, status=201)
 
     async def _code(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, requests.Code)
+        phone, body = self._person(request), await read(request, requests.Code)
         device = await phone.enter_code(body.code)
         return web.json_response({"device": device.number, "jid": str(device.jid)}, status=201)
 
     # --- talking ---
 
     async def _send(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, requests.Send)
+        phone, body = self._person(request), await read(request, requests.Send)
         if (body.to is None) == (body.group is None):
             raise web.HTTPUnprocessableEntity(text="name either `to` (a number) or `group` (its id)")
         to = self._named(body.to or "") if body.group is None else self._group(body.group)
         return web.json_response({"id": await composing.send(phone, to, body)}, status=201)
 
     async def _garbage(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, requests.Garbage)
+        phone, body = self._person(request), await read(request, requests.Garbage)
         msg_id = await phone.send_garbage(self._named(body.to), body.text, repair=body.repair)
         return web.json_response({"id": msg_id}, status=201)
 
     async def _receipt(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, requests.Receipt)
+        phone, body = self._person(request), await read(request, requests.Receipt)
         send = {"delivered": phone.deliver, "read": phone.read, "played": phone.played}[body.kind]
         await send(body.id)
         return web.json_response({"id": body.id, "kind": body.kind})
 
     async def _typing(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, requests.Typing)
+        phone, body = self._person(request), await read(request, requests.Typing)
         await phone.typing(self._named(body.to), body.on, recording=body.recording)
         return web.json_response({"on": body.on})
 
     async def _presence(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, requests.Presence)
+        phone, body = self._person(request), await read(request, requests.Presence)
         if body.online:
             await phone.come_online(self._named(body.to))
         else:
@@ -208,27 +155,19 @@ class AdminServer:
         return web.json_response({"online": body.online})
 
     async def _ring(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, requests.Ring)
+        phone, body = self._person(request), await read(request, requests.Ring)
         return web.json_response(
             {"call": await phone.call(self._named(body.to), video=body.video)}, status=201
         )
 
     async def _hang_up(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, requests.HangUp)
+        phone, body = self._person(request), await read(request, requests.HangUp)
         call = request.match_info["call"]
         await phone.hang_up(self._named(body.to), call, body.reason)
         return web.json_response({"call": call})
 
-    async def _rings(self, _: web.Request) -> web.Response:
-        return web.json_response(
-            [
-                {"call": r.call, "what": r.what, "from": r.caller, "to": r.to, "detail": r.detail, "at": r.at}
-                for r in self._wa.rings
-            ]
-        )
-
     async def _history(self, request: web.Request) -> web.Response:
-        phone, body = self._person(request), await _read(request, requests.MadeUpHistory)
+        phone, body = self._person(request), await read(request, requests.MadeUpHistory)
         phone.archive.terms.per_chunk = body.per_chunk
         others = [self._named(number) for number in body.people]
         count = phone.archive.fill(others, body.each, until=int(time.time()), apart=body.apart)
@@ -242,7 +181,7 @@ class AdminServer:
 
     async def _script(self, request: web.Request) -> web.Response:
         """Plays the whole script before it answers; 409 when an expected answer does not come."""
-        phone, body = self._person(request), await _read(request, requests.ScriptRun)
+        phone, body = self._person(request), await read(request, requests.ScriptRun)
         played: list[str] = []
         script = people.Script(
             phone,
@@ -260,12 +199,12 @@ class AdminServer:
     async def _messages(self, request: web.Request) -> web.Response:
         """`after`: how many are known already; `wait`: seconds to wait for a further one."""
         phone = self._person(request)
-        after, wait = _number(request, "after"), min(_number(request, "wait"), _LONGEST_POLL)
+        after, wait = number_of(request, "after"), min(number_of(request, "wait"), LONGEST_POLL)
         start = int(after)
         if len(phone.received) <= start and wait > 0:
             with contextlib.suppress(TimeoutError):
                 await phone.received.wait_for(start=start, timeout=wait)
-        items = [_describe_message(message) for message in phone.received.items[start:]]
+        items = [describe_message(message) for message in phone.received.items[start:]]
         return web.json_response({"messages": items, "next": len(phone.received)})
 
     async def _media(self, request: web.Request) -> web.Response:
@@ -290,15 +229,15 @@ class AdminServer:
     # --- groups ---
 
     async def _groups(self, request: web.Request) -> web.Response:
-        return web.json_response([_describe_group(group) for group in self._wa.groups])
+        return web.json_response([describe_group(group) for group in self._wa.groups])
 
     async def _new_group(self, request: web.Request) -> web.Response:
-        body = await _read(request, requests.NewGroup)
+        body = await read(request, requests.NewGroup)
         group = self._wa.group([self._named(number) for number in body.members], body.name)
-        return web.json_response(_describe_group(group), status=201)
+        return web.json_response(describe_group(group), status=201)
 
     async def _change_group(self, request: web.Request) -> web.Response:
-        group, body = self._group(request.match_info["id"]), await _read(request, requests.GroupChange)
+        group, body = self._group(request.match_info["id"]), await read(request, requests.GroupChange)
         by, others = self._named(body.by), [self._named(number) for number in body.people]
         if body.do in ("rename", "describe"):
             if not body.text:
@@ -310,116 +249,7 @@ class AdminServer:
             await (by.add_to_group if body.do == "add" else by.remove_from_group)(group, *others)
         else:
             await by.promote_in_group(group, *others, on=body.do == "promote")
-        return web.json_response(_describe_group(group))
-
-    # --- breaking things, and looking ---
-
-    async def _act(self, request: web.Request) -> web.Response:
-        device, body = self._device(request), await _read(request, requests.Act)
-        if body.do in ("drop", "abort"):
-            await self._wa.drop(device, abort=body.do == "abort")
-        elif body.do in ("replace", "remove"):
-            await self._wa.kick(device, "replaced" if body.do == "replace" else "removed")
-        elif body.do in ("silence", "deafen"):
-            self._wa.silence(device, "dead" if body.do == "silence" else "deaf")
-        elif body.do == "talk":
-            self._wa.unsilence(device)
-        elif body.do == "forget":
-            self._wa.forget_device(device)
-        else:
-            await self._wa.stream_error(device, body.code)
-        return web.json_response({"done": body.do})
-
-    async def _send_faults(self, request: web.Request) -> web.Response:
-        body = await _read(request, requests.SendFaults)
-        self._wa.fail_sends(
-            body.action,
-            code=body.code,
-            seconds=body.seconds,
-            times=body.times,
-            to=self._named(body.to) if body.to else None,
-        )
-        return web.json_response({"faults": "on"})
-
-    async def _login_faults(self, request: web.Request) -> web.Response:
-        body = await _read(request, requests.LoginFaults)
-        self._wa.refuse_logins(body.reason, seconds=body.seconds, attrs=body.attrs)
-        return web.json_response({"faults": "on"})
-
-    async def _media_faults(self, request: web.Request) -> web.Response:
-        body = await _read(request, requests.MediaFaults)
-        self._wa.fail_media(
-            body.action,
-            status=body.status,
-            seconds=body.seconds,
-            times=body.times,
-            message_id=body.message_id,
-            upload=body.upload,
-        )
-        return web.json_response({"faults": "on"})
-
-    async def _drop_media(self, request: web.Request) -> web.Response:
-        body = await _read(request, requests.DropMedia)
-        self._wa.drop_media(body.id, body.status)
-        return web.json_response({"dropped": body.id})
-
-    async def _clear(self, request: web.Request) -> web.Response:
-        self._wa.clear_faults()
-        return web.json_response({"faults": "off"})
-
-    async def _restart(self, request: web.Request) -> web.Response:
-        body = await _read(request, requests.Restart)
-        await self._wa.restart(min(body.down_for, _LONGEST_POLL))
-        return web.json_response({"done": "restart"})
-
-    async def _calls(self, request: web.Request) -> web.Response:
-        start = int(_number(request, "after"))
-        items = [
-            {"id": c.id, "to": str(c.to), "device": str(c.device), "outcome": c.outcome, "at": c.at}
-            for c in self._wa.calls.items[start:]
-        ]
-        return web.json_response({"calls": items, "next": len(self._wa.calls)})
-
-    async def _ack(self, request: web.Request) -> web.Response:
-        msg_id = request.match_info["id"]
-        ack = self._wa.acked(msg_id)
-        written = [w.at for w in self._wa.written(msg_id)]
-        return web.json_response({"id": msg_id, "written": written, "acked": ack.at if ack else None})
-
-
-def _describe_group(group: Group) -> dict[str, Any]:
-    return {"id": group.id, "name": group.name, "members": group.members}
-
-
-def _describe_message(message: Received) -> dict[str, Any]:
-    found = reading.media_of(message.message)
-    return {
-        "id": message.id,
-        "from": message.sender,
-        "chat": message.chat,
-        "kind": message.kind,
-        "text": message.text,
-        "about": message.about,
-        "media": found[0] if found else None,
-        "from_me": message.from_me,
-        "duplicate": message.duplicate,
-        "at": message.at,
-    }
-
-
-def _number(request: web.Request, name: str) -> float:
-    try:
-        return max(0.0, float(request.query.get(name, "0")))
-    except ValueError:
-        raise web.HTTPUnprocessableEntity(text=f"`{name}` is not a number") from None
-
-
-async def _read(request: web.Request, model: type[_Model]) -> _Model:
-    try:
-        return model.model_validate_json(await request.read() or b"{}")
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors())
-        raise web.HTTPUnprocessableEntity(text=problems) from None
+        return web.json_response(describe_group(group))
 
 
 @web.middleware
@@ -427,6 +257,9 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     # A page in somebody's browser must not be able to reach this under a name of its own.
     if request.host.partition(":")[0] not in (_LOOPBACK, "localhost"):
         return _problem(403, "only http://127.0.0.1 and http://localhost")
+    origin = request.headers.get("Origin")
+    if origin is not None and urlsplit(origin).netloc != request.host:
+        return _problem(403, "another page's requests are not answered")
     try:
         return await handler(request)
     except web.HTTPException as error:

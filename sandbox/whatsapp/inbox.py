@@ -82,6 +82,8 @@ class Inbox:
         self.answers_media_retries: mediaretry.Answer = "yes"
         self._hub = hub
         self._had: set[tuple[str, str]] = set()
+        self.seen: set[str] = set()  # ids of what was read here
+        self.last_typing: tuple[str, str, float] = ("", "", 0.0)  # number, state, monotonic time
 
     @property
     def number(self) -> str:
@@ -116,6 +118,9 @@ class Inbox:
         author = self._hub.world.account(message.sender.removeprefix("+"))
         if author is None:
             return
+        if kind == "read":
+            self.seen.add(msg_id)
+            self._hub.pulse.touch()
         group = self._hub.world.groups.get(message.chat)
         attrs: dict[str, Attribute] = {"id": msg_id, "t": int(time.time()), "type": kind}
         if group is None:
@@ -324,6 +329,8 @@ class Inbox:
             node.attrs |= {"from": self.account.phone, "t": int(time.time())}
             self._hub.post.put(device, "notification", self.account.lid.user, node)
 
-    def saw_typing(self, device: Device, state: str) -> None:
+    def saw_typing(self, device: JID, state: str) -> None:
         self.typing_seen.add(state)
+        author = self._hub.world.account(device.user)
+        self.last_typing = (author.number if author else "", state, time.monotonic())
         self._hub.pulse.touch()

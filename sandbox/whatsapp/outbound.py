@@ -205,4 +205,4 @@ def presence(hub: Hub, device: Device, node: Node) -> None:
     hub.events.add(Event(node.tag, " ".join(filter(None, (detail, str(to or ""), media))), device.jid))
     account = hub.world.account_at(to)
     if node.tag == "chatstate" and account is not None:
-        hub.phone_of(account).saw_typing(device, detail)
+        hub.phone_of(account).saw_typing(device.jid, detail)

@@ -150,6 +150,7 @@ class WhatsAppSandbox:
         account.auto_receipts = auto_receipts
         phone = self._hub.phones[account.lid.user] = Phone(account, self._hub)
         self._hub.changed()
+        self._hub.pulse.touch()
         return phone
 
     def phone(self, number: str, name: str = "", *, auto_receipts: AutoReceipts = "delivered") -> Phone:
@@ -166,6 +167,7 @@ class WhatsAppSandbox:
         group = Group(group_id, name, [member.account.lid.user for member in members])
         self._hub.world.groups[group_id] = group
         self._hub.changed()
+        self._hub.pulse.touch()
         return group
 
     @property
@@ -254,6 +256,10 @@ class WhatsAppSandbox:
         async with asyncio.timeout(timeout):
             while not condition():
                 await asyncio.sleep(0.01)
+
+    async def changed_since(self, seen: int, timeout: float) -> int:
+        """A number that grows whenever something on a phone's screen changes; waits while it is still `seen`."""
+        return await self._hub.pulse.wait(seen, timeout)
 
     # --- pairing ---
 
