@@ -24,6 +24,7 @@ def _welcome(wa: WhatsAppSandbox, url: str) -> str:
     hello = json.dumps({"to": _SHOP, "text": "Hi, how much is it?"})
     environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in wa.launch_env().items())
     return f"""WhatsApp sandbox is running. Admin API: {url}
+The same address in a browser is the customer's phone: {url}/#me={customer}&with={shop}
 
 Start the gateway against it with
   {environment} \\
