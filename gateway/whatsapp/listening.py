@@ -25,10 +25,12 @@ class Listening:
         *,
         on_stored: Callable[[Sequence[InboundMessage]], None],
         on_paired: Callable[[], None],
+        on_active: Callable[[SessionState], None],
         warning: Callable[[], str | None],
     ) -> None:
         self._sink = sink
-        self._on_stored, self._on_paired, self._warning = on_stored, on_paired, warning
+        self._on_stored, self._on_paired = on_stored, on_paired
+        self._on_active, self._warning = on_active, warning
         self._state: SessionState | None = None
         self._said: SessionState | None = None
 
@@ -45,6 +47,8 @@ class Listening:
         said = self._with_warning(state)
         await self._sink.state(said)
         self._said = said
+        if state.status is SessionStatus.ACTIVE:
+            self._on_active(state)
 
     async def pairing(self, update: PairingUpdate) -> None:
         if update.kind == "paired":

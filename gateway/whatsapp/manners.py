@@ -1,4 +1,4 @@
-"""What a tenant may want shown besides the message: "typing…" before it, and the customer's messages as read once answered.
+"""What a tenant may want shown besides the message: "typing…" before it, what was answered as read, the account's name.
 
 Only courtesies: they cost nothing when off, never fail a send, and never outlive the link.
 """
@@ -49,6 +49,8 @@ class Manners:
         self._settings, self._timings = settings, timings
         self._chats: OrderedDict[str, Chat] = OrderedDict()
         self._typing = 0
+        self._introducing = False
+        self._named: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ---- typing ----
@@ -103,6 +105,39 @@ class Manners:
             authors.setdefault((item.chat, item.sender), []).append(item.message_id)
         for (where, sender), ids in authors.items():
             self._later(self._gesture(child, "read", chat=where, sender=sender, ids=ids))
+
+    # ---- the name beside the number ----
+
+    def introduce(self, child: ChildProcess | None, known_as: str | None) -> None:
+        """Called when the session has connected: write the wanted name to WhatsApp where it is another one."""
+        wanted = self._settings.display_name
+        if child is None or wanted is None or wanted in (known_as, self._named):
+            return
+        if not self._introducing:
+            self._introducing = True
+            self._later(self._introduce(child, wanted))
+
+    async def _introduce(self, child: ChildProcess, name: str) -> None:
+        """The phone hands over the keys that it takes some time after a pairing, so a refusal is no end."""
+        problem = ""
+        try:
+            for wait in (0.0, *self._timings.name):
+                await asyncio.sleep(wait)
+                try:
+                    await child.ask("name", seconds=self._timings.command, name=name)
+                except (ChildTimeout, ChildRefused) as error:
+                    problem = str(error)
+                else:
+                    self._named = name
+                    logger.info("session.named", result="the name is written to WhatsApp")
+                    return
+            logger.warning(
+                "session.not_named", error=problem, action="set the name on the phone, or connect again later"
+            )
+        except ChildGone:
+            pass  # the next child tries again
+        finally:
+            self._introducing = False
 
     # ---- how ----
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from core.errors import Invalid
+from core.errors import InvalidField
 from gateway.whatsapp.values import Json, obj
 
 MAX_DISPLAY_NAME = 25
@@ -34,16 +34,16 @@ class SessionSettings(BaseModel):
 
 
 def check(settings: Mapping[str, Any]) -> Json:
-    """The settings as they may be stored. Raises Invalid that names the field."""
+    """The settings as they may be stored. Raises InvalidField."""
     try:
         SessionSettings.model_validate(dict(settings))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(["settings", *(str(part) for part in first["loc"])])
+        reason = first["msg"]
         if first["type"] == "extra_forbidden":
-            known = ", ".join(sorted(SessionSettings.model_fields))
-            raise Invalid(f"{field}: there is no such setting; there are: {known}") from None
-        raise Invalid(f"{field}: {first['msg']}") from None
+            reason = f"there is no such setting; there are: {', '.join(sorted(SessionSettings.model_fields))}"
+        raise InvalidField(field, reason) from None
     return dict(settings)
 
 
