@@ -7,7 +7,7 @@ and one line in the registry of `gateway.app`.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -415,6 +415,8 @@ class ChannelKind:
     name: str
     factory: ChannelFactory | None
     webhook: WebhookConverter | None = None
+    settings: Callable[[Json], Json] | None = None
+    """Checks a session's `metadata.settings` before they are stored; raises InvalidField."""
     live: bool = True
     """False: only fed by its webhook."""
     files: bool = True

@@ -8,6 +8,7 @@ GatewayError                     what a person may see: the text says what to do
 │   └── MigrationError           the schema and the files disagree
 ├── JournalError                 the disk queue cannot make anything durable
 ├── NotFound · Conflict · Invalid   a request that cannot be served (the API turns them into problems)
+│   └── InvalidField             an Invalid that names the field
 └── ChannelError                 a channel could not do what it was asked; says what that means for a send
     ├── NotSentError             definitely not sent: try again later, costs an attempt
     │   └── ThrottledError       not sent, come back at `retry_after`: costs no attempt
@@ -69,6 +70,14 @@ class Conflict(GatewayError):
 
 class Invalid(GatewayError):
     code = "invalid"
+
+
+class InvalidField(Invalid):
+    """`field` is its path in what was sent (`payload.options.1`), `reason` what is wrong there."""
+
+    def __init__(self, field: str, reason: str, *, code: str | None = None) -> None:
+        super().__init__(f"{field}: {reason}", code=code)
+        self.field, self.reason = field, reason
 
 
 class ChannelError(GatewayError):

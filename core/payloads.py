@@ -11,19 +11,13 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from core.channel import MessageType
-from core.errors import Invalid
+from core.errors import InvalidField
 
 MAX_OPTIONS = 12
 
 
-class BadPayload(Invalid):
-    """`field` is the path in the message (`payload.options.1`), `reason` what is wrong there."""
-
+class BadPayload(InvalidField):
     code = "invalid_payload"
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field, self.reason = field, reason
 
 
 def _line(value: str) -> str:

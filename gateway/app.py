@@ -40,6 +40,7 @@ from gateway.media import MediaStore, MediaWorker, OutgoingMedia
 from gateway.sessions import SessionManager
 from gateway.whatsapp.channel import WhatsAppChannel
 from gateway.whatsapp.convert import convert_webhook
+from gateway.whatsapp.settings import check as check_whatsapp_settings
 
 logger = log.get(part="app")
 
@@ -53,7 +54,11 @@ def registry(settings: Settings, metrics: Metrics) -> dict[str, ChannelKind]:
     def whatsapp(context: SessionContext, sink: Sink) -> Channel:
         return WhatsAppChannel(context, sink, command=settings.whatsapp_command, metrics=metrics)
 
-    return {"whatsapp": ChannelKind("whatsapp", whatsapp, webhook=convert_webhook)}
+    return {
+        "whatsapp": ChannelKind(
+            "whatsapp", whatsapp, webhook=convert_webhook, settings=check_whatsapp_settings
+        )
+    }
 
 
 class Gateway:

@@ -9,6 +9,7 @@ import orjson
 from asyncpg import Record
 from pydantic import AfterValidator, Field
 
+from core import payloads
 from core.channel import Json
 from core.errors import Invalid
 from core.identity import external_id
@@ -38,7 +39,7 @@ def check_content(
     payload: JsonObject | None,
     reply_to: str | None,
 ) -> None:
-    """What each type needs. The database refuses the same; here the field is named."""
+    """What each type needs; the channel asks once more, for rows that came by SQL. Here the field is named."""
     blank = content is None or not content.strip()
     if message_type in ("text", "edited") and blank and not (payload or {}).get("html"):
         raise invalid("content", f"a message of type {message_type} needs text")
@@ -50,6 +51,7 @@ def check_content(
         raise invalid(
             "reply_to_message_id", f"a message of type {message_type} needs the message it is about"
         )
+    payloads.read(message_type, payload, content)
 
 
 def normal_recipient(channel: str, recipient: str) -> str:

@@ -138,6 +138,9 @@ def from_exception(error: BaseException) -> Problem | None:
             return Problem(404, error.code, error.detail)
         case errors.Conflict():
             return Problem(409, error.code, error.detail, action=error.action)
+        case errors.InvalidField():
+            found = {"field": _printable(error.field), "detail": _printable(error.reason)}
+            return Problem(422, error.code, error.detail, errors=[found])
         case errors.Invalid():
             return Problem(422, error.code, error.detail, action=error.action)
         case errors.JournalError():

@@ -35,6 +35,8 @@ routes = Routes("sessions")
 SUBJECT = Subject("session", "session_id", "et_channel_sessions")
 
 DELETE_WAIT_SECONDS = 8.0
+MAX_CHECKED = 50
+"""Recipients in one question: channels watch who looks people up in bulk."""
 
 _ACTIONS = {
     "pairing": "scan the QR code (GET …/qr), or ask for a code (POST …/pairing-code)",
@@ -106,7 +108,7 @@ class SessionChange(Body):
 
 class Recipients(Body):
     recipients: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=320)]], Field(min_length=1, max_length=100)
+        list[Annotated[str, Field(min_length=1, max_length=320)]], Field(min_length=1, max_length=MAX_CHECKED)
     ]
 
 
@@ -215,7 +217,8 @@ async def create(call: Call[NoQuery, NewSession]) -> Reply:
     if body.default_workspace_id is not None:
         await call.own("workspace", "et_workspaces", body.default_workspace_id)
     secrets = dict(body.credentials or {})
-    metadata: JsonObject = {"settings": body.settings} if body.settings else {}
+    settings = _settings(call, body.channel_type, body.settings)
+    metadata: JsonObject = {"settings": settings} if settings else {}
     if body.default_workspace_id is not None:
         metadata["default_workspace_id"] = body.default_workspace_id
     if body.expected_identifier is not None:
@@ -244,6 +247,14 @@ async def create(call: Call[NoQuery, NewSession]) -> Reply:
             )
         await _audit(call, conn, "session_created", session.id)
     return Reply(201, await _detail(call, session.id))
+
+
+def _settings(call: Call[Any, Any], channel: str, settings: JsonObject) -> JsonObject:
+    """As the channel takes them; one that names no settings of its own takes whatever it is given."""
+    kind = call.services.registry.get(channel)
+    if kind is None or kind.settings is None:
+        return settings
+    return kind.settings(settings)
 
 
 def _normal(channel: str, address: str) -> str:
@@ -288,7 +299,8 @@ async def read(call: Call[NoQuery, NoBody]) -> SessionDetail:
 async def change(call: Call[NoQuery, SessionChange]) -> SessionDetail:
     """Change name, workspace, proxy, settings or credentials; null takes a workspace or proxy away.
 
-    A live session takes a new proxy or new credentials up when it is connected again.
+    `settings` replaces all that were there. A live session takes a new proxy or new credentials up when it is connected
+    again.
     """
     body = call.body
     session_id = call.id("session_id")
@@ -299,7 +311,8 @@ async def change(call: Call[NoQuery, SessionChange]) -> SessionDetail:
     if "default_workspace_id" in given:
         metadata["default_workspace_id"] = body.default_workspace_id
     if body.settings is not None:
-        metadata["settings"] = body.settings
+        session = await read_session(call, session_id)
+        metadata["settings"] = _settings(call, session.channel_type, body.settings)
     whole: str | None = None
     if "proxy" in given:
         metadata["proxy"], whole = split_proxy(body.proxy) if body.proxy is not None else (None, None)
@@ -398,7 +411,10 @@ async def _want(call: Call[NoQuery, NoBody], wanted: store.Wanted) -> Session:
     problems=(409, 502, 504),
 )
 async def check(call: Call[NoQuery, Recipients]) -> Reachable:
-    """Ask the channel which of these it can reach."""
+    """Ask the channel which of these it can reach.
+
+    What it said before is remembered for a day; new questions are paced: 429 with `Retry-After` when they come too fast.
+    """
     session = await read_session(call, call.id("session_id"))
     given: dict[str, str] = {}
     for index, recipient in enumerate(call.body.recipients):

@@ -118,6 +118,8 @@ class WhatsAppChannel:
         self._pump: Pump | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._run: asyncio.Task[None] | None = None
+        self._calls: set[tuple[int, int]] = set()
+        """Sends that somebody waits for: they may still be at their file."""
         self._inflight: dict[tuple[int, int], ChildProcess] = {}
         self._sends: set[asyncio.Task[Sent]] = set()
         self._gestures: set[asyncio.Task[Any]] = set()
@@ -213,6 +215,14 @@ class WhatsAppChannel:
     # ---- sending ----
 
     async def send(self, message: OutboundMessage) -> Sent:
+        key = (int(message.attempt.queue_id), message.attempt.claim_epoch)
+        self._calls.add(key)
+        try:
+            return await self._send(message)
+        finally:
+            self._calls.discard(key)
+
+    async def _send(self, message: OutboundMessage) -> Sent:
         attempt = message.attempt
         to = sending.jid_of(attempt.recipient)
         device = await asyncio.to_thread(self._device)
@@ -271,7 +281,7 @@ class WhatsAppChannel:
     async def resolve(self, attempt: Attempt) -> Sent | NotSent | Unknown:
         key = (int(attempt.queue_id), attempt.claim_epoch)
         working = self._inflight.get(key)
-        if working is not None and working.alive:
+        if key in self._calls or (working is not None and working.alive):
             return Unknown("still_sending", attempt.channel_message_id)
         return await asyncio.to_thread(self._look_alone, attempt)
 

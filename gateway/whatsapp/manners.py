@@ -103,8 +103,11 @@ class Manners:
         authors: dict[tuple[str, str], list[str]] = {}
         for item in unread:
             authors.setdefault((item.chat, item.sender), []).append(item.message_id)
-        for (where, sender), ids in authors.items():
-            self._later(self._gesture(child, "read", chat=where, sender=sender, ids=ids))
+        self._later(self._mark(child, authors))
+
+    async def _mark(self, child: ChildProcess, authors: dict[tuple[str, str], list[str]]) -> None:
+        for (chat, sender), ids in authors.items():
+            await self._gesture(child, "read", chat=chat, sender=sender, ids=ids)
 
     # ---- the name beside the number ----
 

@@ -28,6 +28,7 @@ from gateway.api import Limits, Runner, Services, WebhookSpool, make_app
 from gateway.api.auth import SCOPES, new_key
 from gateway.sessions import SessionManager
 from gateway.whatsapp.convert import convert_webhook
+from gateway.whatsapp.settings import check as settings_check
 from tests.support.fake_channel import FakeDispatcher, FakePlatform
 from tests.support.outbound import QUICK, Place, give_lease, make_place, value
 
@@ -211,7 +212,8 @@ async def running_api(
     platform = FakePlatform()
     dispatcher = FakeDispatcher(platform, [])
     manager = Owned()
-    registry = {"whatsapp": dataclasses.replace(platform.kind("whatsapp"), webhook=convert_webhook)}
+    kind = dataclasses.replace(platform.kind("whatsapp"), webhook=convert_webhook, settings=settings_check)
+    registry = {"whatsapp": kind}
     settings = settings or Settings(data_dir=folder)
     async with AsyncExitStack() as stack:
         ingest = Ingest(db, metrics)

@@ -14,6 +14,7 @@ import aiohttp
 
 from core.channel import SessionState, SessionStatus
 from core.database import Database
+from core.errors import ThrottledError
 from core.store import sessions as store
 from tests.support.api import Api, Tenant, running_api
 from tests.support.outbound import eventually, fetch, value
@@ -216,6 +217,33 @@ async def test_a_pairing_code_is_asked_for_and_shown(api: Api, shop: Tenant) -> 
     answer = await asyncio.wait_for(asked, 5)
     assert (answer.status, answer.json["code"]) == (200, "ABCD-EFGH")
     assert (await api.post(path, {"phone": "hello"}, shop.key)).json["errors"][0]["field"] == "phone"
+
+
+async def test_settings_are_checked_by_the_channel_they_are_for(api: Api, shop: Tenant) -> None:
+    path = f"/sessions/{shop.id}/{shop.session_id}"
+    good = {"typing": True, "read_receipts": True, "groups": False, "call_policy": "decline"}
+    assert (await api.patch(path, {"settings": good}, shop.key)).json["settings"] == good
+    for wrong, field in (({"typping": True}, "settings.typping"), ({"groups": "no"}, "settings.groups")):
+        answer = await api.patch(path, {"settings": wrong}, shop.key)
+        assert (answer.status, answer.json["errors"][0]["field"]) == (422, field)
+        body = {"channel_type": "whatsapp", "settings": wrong}
+        assert (await api.post(f"/sessions/{shop.id}", body, shop.key)).status == 422
+    assert (await api.get(path, shop.key)).json["settings"] == good
+    # All of them are replaced.
+    assert (await api.patch(path, {"settings": {}}, shop.key)).json["settings"] == {}
+
+
+async def test_numbers_are_looked_up_in_small_portions_and_not_too_often(api: Api, shop: Tenant) -> None:
+    class Hasty:
+        async def check(self, recipients: list[str]) -> dict[str, bool]:
+            raise ThrottledError("too often", retry_after=1.6, code="check_paced")
+
+    path = f"/sessions/{shop.id}/{shop.session_id}/check"
+    api.manager.capabilities[shop.session_id] = Hasty()
+    many = {"recipients": [f"+6012300{n:04}" for n in range(51)]}
+    assert (await api.post(path, many, shop.key)).status == 422
+    answer = await api.post(path, {"recipients": many["recipients"][:50]}, shop.key)
+    assert (answer.status, answer.json["code"], answer.headers["Retry-After"]) == (429, "check_paced", "2")
 
 
 async def test_check_asks_the_live_channel(api: Api, shop: Tenant) -> None:

@@ -111,10 +111,11 @@ def make_session(
     *,
     timings: Timings = QUICK,
     metadata: dict[str, Any] | None = None,
+    credentials: dict[str, Any] | None = None,
 ) -> Session:
     folder.mkdir(mode=0o700, exist_ok=True)
     context = SessionContext(
-        TenantId(1), SessionId(7), "whatsapp", "pending:1", None, metadata or {}, {}, folder
+        TenantId(1), SessionId(7), "whatsapp", "pending:1", None, metadata or {}, credentials or {}, folder
     )
     sink, metrics = MemorySink(), Metrics()
     channel = WhatsAppChannel(
@@ -161,9 +162,9 @@ async def sandbox_at(folder: Path) -> AsyncIterator[WhatsAppSandbox]:
             yield wa
 
 
-async def resume(wa: WhatsAppSandbox, folder: Path) -> Session:
+async def resume(wa: WhatsAppSandbox, folder: Path, **options: Any) -> Session:
     """A session of the template, active again."""
-    session = make_session(wa, folder)
+    session = make_session(wa, folder, **options)
     [session.device] = session.shop.devices
     await session.channel.connect()
     await session.sink.stands("active", timeout=40)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from core.channel import NotSent, Unknown
+from core.channel import LocalFile, MessageType, NotSent, OutboundMessage, Unknown
 from core.errors import NotSentError, ThrottledError, UnknownOutcomeError
 from gateway.whatsapp.folder import FolderLock
 from gateway.whatsapp.protocol import Exit
@@ -300,3 +301,41 @@ async def test_disconnecting_ends_within_ten_seconds_even_when_the_child_hangs(s
     async with asyncio.timeout(10):
         await session.channel.disconnect()
     assert not alive(pid)
+
+
+async def test_a_child_killed_around_a_send_of_media_leaves_the_same_proof(
+    session: Session, mei: Phone, tmp_path: Path
+) -> None:
+    """While the file goes up nothing is sent; once the message is on the wire its secret names it."""
+    data = os.urandom(200_000)
+    sha256 = hashlib.sha256(data).hexdigest()
+    (tmp_path / sha256).write_bytes(data)
+    media = LocalFile(tmp_path / sha256, "application/pdf", "prices.pdf", len(data), sha256)
+
+    def outgoing() -> OutboundMessage:
+        attempt = session.attempt("whatsapp:+60111222333")
+        return OutboundMessage(attempt, MessageType.DOCUMENT, "Prices", media=media)
+
+    session.wa.fail_media("hang", seconds=20, upload=True)
+    uploading = outgoing()
+    task = asyncio.create_task(session.channel.send(uploading))
+    await until(lambda: bool(session.channel._uploads._locks))
+    assert await session.channel.resolve(uploading.attempt) == Unknown("still_sending")
+    os.kill(session.pid, signal.SIGKILL)
+    with pytest.raises(NotSentError) as error:
+        await task
+    assert error.value.code == "upload_failed"
+    assert await session.channel.resolve(uploading.attempt) == NotSent()
+
+    session.wa.clear_faults()
+    await until(session.channel._supervisor.link.is_set, 15)
+    session.wa.fail_sends("swallow_ack", times=1)
+    sent = outgoing()
+    task = asyncio.create_task(session.channel.send(sent))
+    got = await mei.next_message()
+    os.kill(session.pid, signal.SIGKILL)
+    with pytest.raises(UnknownOutcomeError) as cut_off:
+        await task
+    assert cut_off.value.channel_message_id == got.id
+    assert await session.channel.resolve(sent.attempt) == Unknown("cut_off", got.id)
+    assert mei.media_bytes(got.message) == data
