@@ -1,9 +1,13 @@
-"""A sandbox with one real client linked to it, shared by the tests of a module."""
+"""A sandbox with one real client linked to it, shared by all modules that leave it linked and connected."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest_asyncio
 
@@ -38,11 +42,32 @@ async def link(wa: WhatsAppSandbox, number: str = "+60123456789") -> Linked:
     return linked
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def linked() -> AsyncIterator[Linked]:
-    async with WhatsAppSandbox() as wa:
-        linked = await link(wa)
+@contextmanager
+def quick_folder() -> Iterator[Path]:
+    """In memory where there is such a place: the client's library writes 812 keys to disk one by one."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="wa-sandbox-", dir=memory) as folder:
+        yield Path(folder)
+
+
+@asynccontextmanager
+async def a_sandbox() -> AsyncIterator[WhatsAppSandbox]:
+    with quick_folder() as folder:
+        async with WhatsAppSandbox(folder) as wa:
+            yield wa
+
+
+@asynccontextmanager
+async def linking() -> AsyncIterator[Linked]:
+    async with a_sandbox() as wa:
+        found = await link(wa)
         try:
-            yield linked
+            yield found
         finally:
-            await linked.client.kill()
+            await found.client.kill()
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="package")
+async def linked() -> AsyncIterator[Linked]:
+    async with linking() as found:
+        yield found

@@ -20,10 +20,10 @@ import pytest_asyncio
 from sandbox.whatsapp import people
 from sandbox.whatsapp.admin import AdminServer
 from sandbox.whatsapp.sandbox import WhatsAppSandbox
-from tests.integration.sandbox.conftest import Linked
+from tests.integration.sandbox.conftest import Linked, quick_folder
 from tests.support.whatsapp_real import RealClient
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 
 class Admin:
@@ -39,7 +39,7 @@ class Admin:
             return await answer.json() if answer.content_type == "application/json" else await answer.read()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="package")
 async def admin(linked: Linked) -> AsyncIterator[Admin]:
     server = AdminServer(linked.wa)
     url = await server.start()
@@ -51,7 +51,8 @@ async def admin(linked: Linked) -> AsyncIterator[Admin]:
 async def test_the_overview_lists_people_devices_and_routes(admin: Admin, linked: Linked) -> None:
     overview = await admin.call("GET", "/")
     shop = next(p for p in overview["people"] if p["number"] == "+60123456789")
-    assert shop["devices"] == [{"device": 1, "jid": str(linked.device.jid), "online": True, "waiting": 0}]
+    (device,) = shop["devices"]
+    assert (device["jid"], device["online"]) == (str(linked.device.jid), True)
     assert "POST /people/{number}/send" in overview["routes"]
     assert "sandbox.whatsapp.launcher" in overview["client_command"]
 
@@ -208,9 +209,6 @@ async def test_faults_by_curl(admin: Admin, linked: Linked) -> None:
     await admin.call("POST", "/restart")
     await linked.client.wait("ConnectedEv", start=start)
     await linked.wa.wait_online(linked.device)
-    await admin.call("POST", "/people/60123456789/devices/1", do="remove")
-    await linked.client.wait("LoggedOutEv")
-    assert linked.shop.devices == []
 
 
 async def start_command(state: Path) -> tuple[asyncio.subprocess.Process, str]:
@@ -239,36 +237,43 @@ async def finish(process: asyncio.subprocess.Process) -> str:
     return err.decode()
 
 
-async def test_the_command_can_be_killed_and_started_again_under_a_linked_client(tmp_path: Path) -> None:
-    process, url = await start_command(tmp_path)
+async def test_the_command_can_be_killed_and_started_again_under_a_linked_client() -> None:
+    with quick_folder() as folder:
+        await _killed_and_started(folder)
+
+
+async def _killed_and_started(folder: Path) -> None:
+    process, url = await start_command(folder)
     client = None
     try:
         async with aiohttp.ClientSession() as http:
             admin = Admin(url, http)
             client = await RealClient.start(
-                WhatsAppSandbox(tmp_path)
+                WhatsAppSandbox(folder)
             )  # for its launch file; it is never started
-            await client.do("connect", db=f"{tmp_path}/session.db")
+            await client.do("connect", db=f"{folder}/session.db")
             await admin.call("POST", "/people/60123456789/scan", qr=(await client.wait("qr"))["qr"])
             await client.wait("ConnectedEv")
             first = await admin.call("POST", "/people/60111222333/send", to="+60123456789", text="before")
             await client.message(first["id"])
             await client.do("send", to="60111222333", text="before the kill")
-            launch = json.loads((tmp_path / "launch.json").read_text())
+            launch = json.loads((folder / "launch.json").read_text())
             await asyncio.sleep(1.2)  # the state is written once in half a second
             start = len(client.events)
             process.kill()
             await finish(process)
-            process, admin._url = await start_command(tmp_path)
-            assert json.loads((tmp_path / "launch.json").read_text()) == launch
+            process, admin._url = await start_command(folder)
+            assert json.loads((folder / "launch.json").read_text()) == launch
             await client.wait("ConnectedEv", start=start, timeout=30)
             second = await admin.call("POST", "/people/60111222333/send", to="+60123456789", text="after")
             assert (await client.message(second["id"]))["text"] == "after"
             await client.do("send", to="60111222333", text="after the kill")
             got = await admin.call("GET", "/people/60111222333/messages?after=0&wait=5")
             assert [m["text"] for m in got["messages"] if not m["duplicate"]][-1] == "after the kill"
-            _, err = await start_second(tmp_path)
+            _, err = await start_second(folder)
             assert "is running" in err
+            await admin.call("POST", "/people/60123456789/devices/1", do="remove")
+            await client.wait("LoggedOutEv")
             process.send_signal(signal.SIGTERM)
             assert await finish(process) == ""
             assert process.returncode == 0

@@ -16,7 +16,7 @@ from sandbox.whatsapp.phone import Mode
 from tests.integration.sandbox.conftest import Linked
 from tests.support.whatsapp_real import ClientError
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 
 def _picture() -> bytes:
@@ -288,8 +288,9 @@ async def test_a_stopped_client_holds_nobody_up(linked: Linked) -> None:
 
 
 async def test_typing_is_seen(linked: Linked) -> None:
+    start = len(linked.client.events)
     await linked.mei.typing(linked.shop)
-    await linked.client.wait("ChatPresenceEv", timeout=5)
+    await linked.client.wait("ChatPresenceEv", start=start, timeout=5)
 
 
 async def test_nothing_went_wrong_inside_the_sandbox(linked: Linked) -> None:

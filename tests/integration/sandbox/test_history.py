@@ -8,10 +8,9 @@ import pytest
 
 from sandbox.whatsapp import bodies
 from sandbox.whatsapp.protos import history
-from sandbox.whatsapp.sandbox import WhatsAppSandbox
-from tests.integration.sandbox.conftest import Linked, link
+from tests.integration.sandbox.conftest import Linked, a_sandbox, link
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 SYNC = history.HistorySync
 NOW = 1_790_000_000
@@ -23,7 +22,7 @@ def names_of(kinds: list[int]) -> set[str]:
 
 
 async def test_after_a_pairing_the_phone_hands_over_what_it_remembers() -> None:
-    async with WhatsAppSandbox() as wa:
+    async with a_sandbox() as wa:
         shop, mei = wa.phone("+60123456789", "Shop"), wa.person("+60111222333", "Mei", auto_receipts=None)
         ali = wa.person("+60111222444", "Ali")
         group = wa.group([mei, shop], "Family")

@@ -12,7 +12,7 @@ from sandbox.whatsapp import bodies
 from tests.integration.sandbox.conftest import Linked
 from tests.support.whatsapp_real import ClientError
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 MEI = "60111222333"
 

@@ -11,13 +11,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from sandbox.whatsapp.pairing import PairingRefused
 from sandbox.whatsapp.sandbox import WhatsAppSandbox
-from tests.integration.sandbox.conftest import Linked, link
+from tests.integration.sandbox.conftest import Linked, a_sandbox, link, linking, quick_folder
 from tests.support.whatsapp_real import RealClient
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="package")
+async def linked() -> AsyncIterator[Linked]:
+    """Its own, because these tests interrupt it in every way."""
+    async with linking() as found:
+        yield found
 
 
 @asynccontextmanager
@@ -156,7 +164,7 @@ async def test_another_stream_takes_over(linked: Linked) -> None:
 
 
 async def test_pairing_by_phone_code_then_log_out_by_the_client() -> None:
-    async with WhatsAppSandbox() as wa, a_client(wa) as client:
+    async with a_sandbox() as wa, a_client(wa) as client:
         shop = wa.phone("+60123456789", "Shop")
         await client.do("connect", db=f"{wa.folder}/s.db")
         await client.wait("qr")
@@ -171,7 +179,7 @@ async def test_pairing_by_phone_code_then_log_out_by_the_client() -> None:
 
 
 async def test_a_pairing_nobody_scans_times_out() -> None:
-    async with WhatsAppSandbox() as wa, a_client(wa) as client:
+    async with a_sandbox() as wa, a_client(wa) as client:
         wa.pairing.refs, wa.pairing.lifetime = 1, 0.3
         await client.do("connect", db=f"{wa.folder}/s.db")
         qr = (await client.wait("qr"))["qr"]
@@ -183,40 +191,6 @@ async def test_a_pairing_nobody_scans_times_out() -> None:
             await wa.phone("+60123456789").scan("hello")
 
 
-@pytest.mark.parametrize(
-    ("fault", "event"),
-    [
-        ("forgotten", "LoggedOutEv"),
-        ("banned", "TemporaryBanEv"),
-        ("old", "ClientOutdatedEv"),
-        ("failed", "ConnectFailureEv"),
-    ],
-)
-async def test_a_client_learns_why_it_may_not_stay(fault: str, event: str) -> None:
-    async with WhatsAppSandbox() as wa:
-        linked = await link(wa)
-        try:
-            if fault == "forgotten":
-                wa.forget_device(linked.device)
-                await wa.drop(linked.device)
-            else:
-                if fault == "banned":
-                    wa.ban(code=102, expire=600)
-                else:
-                    wa.refuse_logins(405 if fault == "old" else 400)
-                await wa.drop(linked.device)
-            data = (await linked.client.wait(event))["data"]
-            if fault == "banned":
-                assert int(data["Expire"]) == 600
-            assert linked.device.number not in linked.shop.account.devices or fault in (
-                "banned",
-                "old",
-                "failed",
-            )
-        finally:
-            await linked.client.kill()
-
-
 async def test_two_real_clients_write_to_each_other(linked: Linked) -> None:
     """Customer and shop are both gateways here: nothing but real clients decrypts."""
     async with a_client(linked.wa) as other:
@@ -225,34 +199,66 @@ async def test_two_real_clients_write_to_each_other(linked: Linked) -> None:
         device = await ali.scan((await other.wait("qr"))["qr"])
         await other.wait("ConnectedEv")
         await linked.wa.wait_online(device)
-        second = await RealClient.start(
-            linked.wa
-        )  # the shop's client was replaced; a new one takes its place
-        try:
-            await linked.client.kill()
-            await second.do("connect", db=linked.database)
-            await linked.wa.wait_online(linked.device)
+        async with comes_back(linked) as second:  # the shop's client was replaced before
             await other.do("send", to="60123456789", text="from client to client")
             await second.wait("MessageEv", lambda e: e["text"] == "from client to client")
             await second.do("send", to="60111222444", text="and back")
             await other.wait("MessageEv", lambda e: e["text"] == "and back")
             await other.wait("ReceiptEv", timeout=5)
-        finally:
-            await second.kill()
 
 
-async def test_state_outlives_the_process_and_a_killed_client(tmp_path: Path) -> None:
-    async with WhatsAppSandbox(tmp_path, autosave=True) as wa:
+@pytest.mark.parametrize(
+    ("fault", "event"),
+    [
+        ("banned", "TemporaryBanEv"),
+        ("old", "ClientOutdatedEv"),
+        ("failed", "ConnectFailureEv"),
+        ("forgotten", "LoggedOutEv"),
+    ],
+)
+async def test_a_client_learns_why_it_may_not_stay(linked: Linked, fault: str, event: str) -> None:
+    async with comes_back(linked) as client:
+        if fault == "forgotten":
+            linked.wa.forget_device(linked.device)
+        elif fault == "banned":
+            linked.wa.ban(code=102, expire=600)
+        else:
+            linked.wa.refuse_logins(405 if fault == "old" else 400)
+        await linked.wa.drop(linked.device)
+        data = (await client.wait(event))["data"]
+        linked.wa.clear_faults()
+    if fault == "banned":
+        assert int(data["Expire"]) == 600
+    assert (linked.device in linked.shop.devices) is (fault != "forgotten")
+
+
+@asynccontextmanager
+async def comes_back(linked: Linked) -> AsyncIterator[RealClient]:
+    """The shop's device once more, in a process of its own; whatever ran it before is ended first."""
+    await linked.client.kill()
+    async with a_client(linked.wa) as client:
+        await client.do("connect", db=linked.database)
+        await linked.wa.wait_online(linked.device)
+        yield client
+
+
+async def test_state_outlives_the_process_and_a_killed_client() -> None:
+    with quick_folder() as folder:
+        await _outlive(folder)
+
+
+async def _outlive(folder: Path) -> None:
+    async with WhatsAppSandbox(folder, autosave=True) as wa:
         linked = await link(wa)
         await arrives(linked, "before")
         await linked.client.kill()
         await wa.wait_offline(linked.device)
         waiting = [await linked.mei.send_text(linked.shop, f"waiting {n}") for n in range(3)]
-    async with WhatsAppSandbox(tmp_path) as wa, a_client(wa) as client:
+    async with WhatsAppSandbox(folder) as wa, a_client(wa) as client:
         shop, mei = wa.phone("+60123456789"), wa.person("+60111222333")
         (device,) = shop.devices
         assert wa.unacked(device) == waiting
-        await client.do("connect", db=f"{tmp_path}/session.db")
+        await client.do("connect", db=f"{folder}/session.db")
         for msg_id in waiting:
             await client.message(msg_id)
         await wa.wait_drained(device)

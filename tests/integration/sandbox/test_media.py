@@ -16,7 +16,7 @@ from sandbox.whatsapp.protos import mms_retry
 from tests.integration.sandbox.conftest import Linked
 from tests.support.whatsapp_real import ClientError
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="package")
 
 
 async def _photo(linked: Linked, size: int = 50_000) -> tuple[str, bytes]:

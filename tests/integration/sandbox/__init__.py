@@ -1,0 +1,1 @@
+"""A package, so that its tests can share one linked client and end it with the last of them."""
