@@ -110,6 +110,73 @@ async def test_media_groups_and_own_text_by_curl(admin: Admin, linked: Linked) -
     assert event["info"]["MessageSource"]["IsFromMe"] is True
 
 
+async def test_every_kind_by_curl(admin: Admin, linked: Linked) -> None:
+    async def send(**body: Any) -> dict[str, Any]:
+        sent = await admin.call("POST", "/people/60111222333/send", to="+60123456789", **body)
+        event = await linked.client.message(sent["id"])
+        found: dict[str, Any] = {"id": sent["id"], **event["message"]}
+        return found
+
+    data = base64.b64encode(b"OggS").decode()
+    assert (await send(kind="voice", data=data, seconds=3))["audioMessage"]["PTT"] is True
+    assert (await send(kind="location", latitude=3.1, longitude=101.6, name="Here"))["locationMessage"][
+        "name"
+    ] == "Here"
+    cards = [{"name": "A", "phone": "+601"}, {"name": "B", "phone": "+602"}]
+    assert len((await send(kind="contacts", contacts=cards))["contactsArrayMessage"]["contacts"]) == 2
+    poll = await send(kind="poll", question="Which?", options=["Red", "Blue"])
+    await send(kind="vote", target=poll["id"], options=["Red"])
+    assert await admin.call("GET", f"/people/60123456789/polls/{poll['id']}") == {"+60111222333": ["Red"]}
+    assert (await send(kind="reaction", target=poll["id"], emoji="🎈"))["reactionMessage"]["text"] == "🎈"
+    words = await send(text="from an ad", forwarded=2, ad={"source_id": "a1", "title": "Bread"}, ephemeral=60)
+    context = words["extendedTextMessage"]["contextInfo"]
+    assert (context["forwardingScore"], context["externalAdReply"]["sourceID"], context["expiration"]) == (
+        2,
+        "a1",
+        60,
+    )
+    assert (await send(kind="button", button="b1", text="Yes"))["buttonsResponseMessage"][
+        "selectedButtonID"
+    ] == "b1"
+    assert "protocolMessage" in str(await send(kind="edit", target=words["id"], text="changed"))
+    await send(kind="revoke", target=words["id"])
+    messages = (await admin.call("GET", "/people/60123456789/messages"))["messages"]
+    assert [m["kind"] for m in messages[-2:]] == ["edit", "revoke"]
+    assert messages[-1]["about"] == {"target": words["id"]}
+
+
+async def test_calls_groups_history_and_dropped_media_by_curl(admin: Admin, linked: Linked) -> None:
+    ring = await admin.call("POST", "/people/60111222333/calls", to="+60123456789")
+    await linked.client.wait("CallOfferEv", lambda e: e["data"]["basicCallMeta"]["callID"] == ring["call"])
+    await admin.call("POST", f"/people/60111222333/calls/{ring['call']}/end", to="+60123456789")
+    assert [r["what"] for r in await admin.call("GET", "/rings") if r["call"] == ring["call"]] == [
+        "offer",
+        "terminate",
+    ]
+    group = await admin.call("POST", "/groups", name="Old", members=["+60111222333", "+60123456789"])
+    changed = await admin.call("POST", f"/groups/{group['id']}", by="+60111222333", do="rename", text="New")
+    assert changed["name"] == "New"
+    start = len(linked.client.events)
+    made = await admin.call("POST", "/people/60123456789/history", people=["+60111222333"], each=7, send=True)
+    assert made["messages"] == 7
+    await linked.client.wait("HistorySyncEv", lambda e: len(e["ids"]) == 5, start=start)
+    linked.shop.archive.chats.clear()
+    sent = await admin.call(
+        "POST",
+        "/people/60111222333/send",
+        to="+60123456789",
+        kind="image",
+        data=base64.b64encode(b"x").decode(),
+    )
+    await linked.client.message(sent["id"])
+    await admin.call("POST", "/media/drop", id=sent["id"], status=404)
+    with pytest.raises(Exception, match="404"):
+        await linked.client.do("download", of=sent["id"])
+    habits = await admin.call("PATCH", "/people/60123456789", answers_media_retries="no")
+    assert (habits["number"], linked.shop.answers_media_retries) == ("+60123456789", "no")
+    await admin.call("PATCH", "/people/60123456789", answers_media_retries="yes")
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "says"),
     [
@@ -131,6 +198,24 @@ async def test_media_groups_and_own_text_by_curl(admin: Admin, linked: Linked) -
         ("POST", "/people/60111222333/receipt", {"id": "none"}, 422, "not received"),
         ("POST", "/people/60123456789/devices/9", {"do": "drop"}, 404, "it has: 1"),
         ("GET", "/people/60111222333/messages?after=x", {}, 422, "after"),
+        (
+            "POST",
+            "/people/60111222333/send",
+            {"to": "+60123456789", "kind": "edit", "text": "x"},
+            422,
+            "target",
+        ),
+        ("POST", "/people/60111222333/send", {"to": "+60123456789", "kind": "poll"}, 422, "options"),
+        ("POST", "/people/60111222333/send", {"to": "+60123456789", "kind": "song"}, 422, "kind"),
+        (
+            "POST",
+            "/people/60111222333/send",
+            {"to": "+60123456789", "kind": "vote", "target": "none", "options": ["x"]},
+            422,
+            "not a poll",
+        ),
+        ("POST", "/media/drop", {"id": "none"}, 422, "nobody has sent media"),
+        ("POST", "/people/60123456789/history", {"people": ["+1"]}, 404, "POST /people first"),
         ("POST", "/people/60111222333/script", {"to": "+60123456789", "script": "sing"}, 422, "line 1"),
     ],
 )
