@@ -6,13 +6,14 @@ What a call is about is lost to us; that it happened is not.
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from typing import Any
 
 from core.channel import Converted, InboundMessage, MessageType, SessionContext
 from gateway.whatsapp.people import Party
 from gateway.whatsapp.settings import SessionSettings
-from gateway.whatsapp.values import Json, clean, message_id, milliseconds, obj
+from gateway.whatsapp.values import Json, clean, decimal_of, message_id, milliseconds, obj
 
 PURPOSE = "call_text"
 AT_MOST_EVERY = timedelta(hours=24)
@@ -46,7 +47,7 @@ def convert_call(
         media_metadata={"call": outcome, "video": video is True},
         raw_payload={"call": {"outcome": outcome, "video": video is True}, **clean(data)},
         placeholder=outcome == "ringing",
-        arrived_at=float(entry.get("at") or 0.0),
+        arrived_at=decimal_of(entry.get("at")) or time.time(),
     )
     return Converted(messages=(message,))
 

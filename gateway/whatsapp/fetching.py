@@ -89,8 +89,11 @@ class Fetching:
             "at": time.time(),
         }
         announced = self._folder.announce(message_id, fields, inline)
+        self._holds.history_announced(message_id)
         if announced is None:
-            self._holds.history_here(message_id, "")
+            if message_id not in {notice.message_id for notice in self._folder.waiting()}:
+                self._holds.history_here(message_id)
+            self._loop.call_soon_threadsafe(self._wake.set)
         elif inline is not None:
             self._arrived(announced)
         else:
@@ -140,7 +143,7 @@ class Fetching:
             tries += 1
 
     def _arrived(self, notice: Notice) -> None:
-        self._holds.history_here(notice.message_id, notice.tag)
+        self._holds.history_here(notice.message_id)
         self._say("history", sync=notice.fields.get("sync"), progress=notice.fields.get("progress"))
 
     async def _give_up(self, notice: Notice, reason: str) -> None:
@@ -148,7 +151,7 @@ class Fetching:
             await asyncio.to_thread(self._folder.fail, notice, reason)
         except OSError as error:
             reason = f"{reason}; and that could not be written down ({error})"
-        self._holds.history_here(notice.message_id, notice.tag)
+        self._holds.history_here(notice.message_id)
         self._say("history_failed", error=reason, sync=notice.fields.get("sync"))
 
 

@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sqlite3
-import sys
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
-import orjson
-
-import gateway
 from core import log
 from core.channel import InboundMessage, MessageType, Person, SessionContext
 from core.errors import DatabaseUnavailable
 from core.history import Entry, Item, Wrong
 from core.sinks import HistorySink
-from gateway.whatsapp import settings, store
+from gateway.whatsapp import store
 from gateway.whatsapp.history_files import HistoryFolder
+from gateway.whatsapp.history_process import HistoryProcess
 from gateway.whatsapp.people import own_address, party
-from gateway.whatsapp.protocol import LINE_LIMIT, store_path
+from gateway.whatsapp.protocol import store_path
 from gateway.whatsapp.values import Json
 
 LOOK_SECONDS = 5.0
@@ -37,9 +32,7 @@ LINGER_SECONDS = 10.0
 """An import goes on when the next file comes within this time: one import for one pairing, not fifty."""
 RETRY_SECONDS, RETRY_CAP = 2.0, 60.0
 STRIKES = 3
-READER_SECONDS = 60.0
-"""Without a line from the reader."""
-_ROOT = str(Path(gateway.__file__).resolve().parents[1])
+"""So often a file is tried that the reader cannot read."""
 
 logger = log.get(part="whatsapp")
 
@@ -94,12 +87,14 @@ class HistorySync:
     async def _import(self, sink: HistorySink) -> None:
         """Everything that is there, and what follows shortly, as one import."""
         began = time.monotonic()
-        source = _Source(self, self._folder, self._blob)
         with contextlib.suppress(sqlite3.Error):
             device = await asyncio.to_thread(store.device, store_path(self._context.folder))
             self._own = device.identifier if device else ""
+        own = own_address(self._context) or self._own
+        source = _Source(self, self._folder)
         try:
-            counts = await sink.history(source.items(), source.committed)
+            async with HistoryProcess(self._context, own) as reader:
+                counts = await sink.history(source.items(reader), source.committed)
         except (OSError, TimeoutError, ValueError) as error:
             await self._strike(source.reading, error)
             return
@@ -135,65 +130,18 @@ class HistorySync:
 
     # ---- reading one file ----
 
-    async def _blob(self, blob: Path) -> AsyncIterator[Item]:
-        """The messages of one file, read by a process of its own. Raises OSError when that fails."""
-        process = await asyncio.create_subprocess_exec(
-            *self._command(blob),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env=_environment(),
-            limit=LINE_LIMIT,
-        )
-        assert process.stdout is not None
-        number, whole = 0, False
-        try:
-            while True:
-                async with asyncio.timeout(READER_SECONDS):
-                    raw = await process.stdout.readline()
-                if not raw:
-                    break
-                line = orjson.loads(raw)
-                if "m" in line:
-                    number += 1
-                    yield Entry(number, self._message(line["m"]))
-                elif "w" in line:
-                    number += 1
-                    yield Wrong(number, f"{blob.stem}: {line['w']}")
-                elif "n" in line:
-                    await self._learn(line["n"])
-                elif "end" in line:
-                    whole = True
-        finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-            await process.wait()
-            transport = getattr(process, "_transport", None)
-            if transport is not None:
-                transport.close()
-        if not whole:
-            raise OSError(f"the reader of {blob.name} ended early ({process.returncode})")
-
-    def _command(self, blob: Path) -> list[str]:
-        context = self._context
-        command = [
-            sys.executable,
-            "-m",
-            "gateway.whatsapp.history_reader",
-            str(blob),
-            "--tenant",
-            str(context.tenant_id),
-            "--session",
-            str(context.session_id),
-            "--own",
-            own_address(context) or self._own,
-            "--folder",
-            str(context.folder),
-            "--store",
-            str(store_path(context.folder)),
-        ]
-        return command if settings.wants_groups(context.metadata) else [*command, "--no-groups"]
+    async def items(self, reader: HistoryProcess, blob: Path) -> AsyncIterator[Item]:
+        """The messages of one file. Raises OSError and ValueError when it cannot be read."""
+        number = 0
+        async for line in reader.lines(blob):
+            if "m" in line:
+                number += 1
+                yield Entry(number, self._message(line["m"]))
+            elif "w" in line:
+                number += 1
+                yield Wrong(number, f"{blob.stem}: {line['w']}")
+            elif "n" in line:
+                await self._learn(line["n"])
 
     def _message(self, fields: Json) -> InboundMessage:
         outbound = fields["out"] is True
@@ -242,17 +190,15 @@ class HistorySync:
 class _Source:
     """The files of one import, and which of them are committed so far."""
 
-    def __init__(
-        self, sync: HistorySync, folder: HistoryFolder, blob: Callable[[Path], AsyncIterator[Item]]
-    ) -> None:
-        self._sync, self._folder, self._blob = sync, folder, blob
+    def __init__(self, sync: HistorySync, folder: HistoryFolder) -> None:
+        self._sync, self._folder = sync, folder
         self._read = 0
         self._settled = 0
         self._ends: deque[tuple[int, Path]] = deque()
         self._seen: set[Path] = set()
         self.reading: Path | None = None
 
-    async def items(self) -> AsyncIterator[Item]:
+    async def items(self, reader: HistoryProcess) -> AsyncIterator[Item]:
         lingered = False
         while True:
             fresh = [b for b in await asyncio.to_thread(self._folder.blobs) if b not in self._seen]
@@ -265,7 +211,7 @@ class _Source:
             lingered = False
             self.reading = fresh[0]
             self._seen.add(fresh[0])
-            async for item in self._blob(fresh[0]):
+            async for item in self._sync.items(reader, fresh[0]):
                 self._read += 1
                 yield item
             await self._sync.save_names()
@@ -284,12 +230,3 @@ class _Source:
 
 def _unknown(_lid: str) -> None:
     return None
-
-
-def _environment() -> dict[str, Any]:
-    secret = ("DATABASE_URL", "SECRET_KEYS", "ADMIN_API_KEY", "METRICS_TOKEN", "LLM_API_KEY")
-    env = {name: value for name, value in os.environ.items() if name not in secret}
-    # Neonize's protobuf modules without its Go library.
-    env["SPHINX"] = "1"
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, env.get("PYTHONPATH"))))
-    return env

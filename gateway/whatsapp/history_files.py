@@ -24,6 +24,7 @@ FOLDER = "history"
 NAMES = "names.json"
 KEEP_SECONDS = 14 * 86400.0
 """How long it is remembered that an announcement was dealt with."""
+_KNOWN = frozenset({".notice", ".done", ".failed"})
 _ODD = re.compile(r"[^A-Za-z0-9_.]")
 
 
@@ -35,15 +36,6 @@ class Notice:
     message_id: str
     fields: dict[str, Any]
     """`kind`, `path`, `key`, `enc_sha256`, `sha256` as a download takes them; `sync`, `chunk`, `progress`."""
-
-    @property
-    def tag(self) -> str:
-        """What whatsmeow's log calls it."""
-        return tag(self.fields.get("sync"), self.fields.get("chunk"))
-
-
-def tag(sync: Any, chunk: Any) -> str:
-    return f"{sync or 'INITIAL_BOOTSTRAP'} {int(chunk or 0)}"
 
 
 class HistoryFolder:
@@ -58,7 +50,8 @@ class HistoryFolder:
         Raises OSError."""
         name = _ODD.sub("_", message_id)[:100]
         self.path.mkdir(mode=0o700, exist_ok=True)
-        if any(self.path.glob(f"*-{name}.*")):
+        # Not a draft that a crash left behind: that one was never promised.
+        if any(path.suffix in _KNOWN for path in self.path.glob(f"*-{name}.*")):
             return None
         notice = Notice(f"{time.time_ns():020d}-{name}", message_id, fields)
         if inline is not None:
@@ -126,9 +119,10 @@ class HistoryFolder:
     def prune(self, now: float | None = None) -> None:
         limit = (time.time() if now is None else now) - KEEP_SECONDS
         for path in self.path.glob("*.*"):
-            if path.suffix in (".done", ".failed"):
+            draft = path.name.startswith(".")
+            if draft or path.suffix in (".done", ".failed"):
                 with contextlib.suppress(OSError):
-                    if path.stat().st_mtime < limit:
+                    if path.stat().st_mtime < (limit + KEEP_SECONDS - 3600 if draft else limit):
                         for end in (".notice", ".bad"):
                             path.with_suffix(end).unlink(missing_ok=True)
                         path.unlink()

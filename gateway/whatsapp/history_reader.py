@@ -1,16 +1,17 @@
-"""Reads one history blob and prints its messages as JSON lines: a process of its own, so that neither its memory nor its
-work is felt by the session that goes on meanwhile.
+"""Reads history files and prints their messages as JSON lines: a process of its own, so that neither its memory nor its
+work is felt by the session that goes on meanwhile. Each line of its input is the path of a file.
 
-    SPHINX=1 python -m gateway.whatsapp.history_reader BLOB --tenant 1 --session 2 --own +60… --folder SESSION
+    SPHINX=1 python -m gateway.whatsapp.history_reader --tenant 1 --session 2 --own +60… --folder SESSION [--store FILE]
 
 Lines: `{"m": {…}}` a message (see `gateway.whatsapp.history`), `{"n": {jid: name}}` names, `{"w": "why"}` one that cannot
-be read, `{"end": n}` last of all. It loads neonize's protobuf modules without its Go library (that is what SPHINX=1 is
+be read, `{"end": n}` after each file. It loads neonize's protobuf modules without its Go library (that is what SPHINX=1 is
 for), decompresses in pieces and holds one conversation at a time. It writes nothing but its output.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sqlite3
 import sys
 import zlib
@@ -270,7 +271,6 @@ def _fields(message: InboundMessage, name: str | None) -> Json:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gateway.whatsapp.history_reader")
-    parser.add_argument("blob", type=Path)
     parser.add_argument("--tenant", type=int, required=True)
     parser.add_argument("--session", type=int, required=True)
     parser.add_argument("--own", default="")
@@ -282,10 +282,16 @@ def main(argv: list[str] | None = None) -> int:
         TenantId(options.tenant), SessionId(options.session), "whatsapp", options.own, None, {}, {}, Path()
     )
     people = People(options.store, HistoryFolder(options.folder).names())
+    for line in sys.stdin.buffer:
+        _write(Path(os.fsdecode(line.rstrip(b"\n"))), context, people, groups=not options.no_groups)
+    return 0
+
+
+def _write(blob: Path, context: SessionContext, people: People, *, groups: bool) -> None:
     out = sys.stdout.buffer
     count = 0
     try:
-        for line in read(options.blob, context, people, groups=not options.no_groups):
+        for line in read(blob, context, people, groups=groups):
             if line:
                 out.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
                 count += 1
@@ -293,7 +299,6 @@ def main(argv: list[str] | None = None) -> int:
         out.write(orjson.dumps({"w": f"the rest cannot be read: {error}"}, option=orjson.OPT_APPEND_NEWLINE))
     out.write(orjson.dumps({"end": count}, option=orjson.OPT_APPEND_NEWLINE))
     out.flush()
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ The gate's smaller sister (see `gate.py` for how whatsmeow's log lets us hold it
 
 A call's `<ack class="call">` waits until the call is in the journal. A `hist_sync` receipt waits until the file it is
 about is on our disk, or given up. And whatsmeow, which fetches the same file for itself and then deletes it from
-WhatsApp's server, is held between the two until we have it: that one wait has an end, because nothing is acknowledged by it.
+WhatsApp's server, is held between the two until we have it. It works off the announcements one by one, in the order in
+which we get them, so its n-th line is about the n-th of them. That one wait has an end: nothing is acknowledged by it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,9 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import TypeVar
-
-from gateway.whatsapp.history_files import tag
 
 _K = TypeVar("_K", bound=Hashable)
 
@@ -29,7 +28,7 @@ CALLS = frozenset({"offer", "offer_notice", "terminate", "accept"})
 _CALL = re.compile(r"<call (?P<outer>[^>]*)>\s*<(?P<tag>[\w-]+) (?P<inner>[^>]*)>")
 _ID = re.compile(r'(?:^| )id="([^"]*)"')
 _CALL_ID = re.compile(r'(?:^| )call-id="([^"]*)"')
-_RECEIVED = re.compile(r"Received history sync \(type (?P<sync>\w+), chunk (?P<chunk>\d+), ")
+_RECEIVED, _FAILED = "Received history sync (type ", "Failed to download history sync: "
 
 
 class Holds:
@@ -41,7 +40,8 @@ class Holds:
         self._calls: OrderedDict[str, tuple[str, str]] = OrderedDict()
         self._stored: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._history: OrderedDict[str, None] = OrderedDict()
-        self._here: Counter[str] = Counter()
+        self._announced: list[str] = []
+        self._worked_off = 0
         self.overdue = 0
         """History files that whatsmeow was let delete before we had them: its log does not read as it did, or the media
         server is slower for us than for it."""
@@ -53,11 +53,16 @@ class Holds:
             _remember(self._stored, (part, call_id))
             self._changed.notify_all()
 
-    def history_here(self, message_id: str, name: str) -> None:
-        """The file of this announcement is on our disk, or will never be. `name`: see `history_files.tag`."""
+    def history_announced(self, message_id: str) -> None:
+        """In the order in which they come, one that was announced before as well."""
+        with self._changed:
+            self._announced.append(message_id)
+            self._changed.notify_all()
+
+    def history_here(self, message_id: str) -> None:
+        """The file of this announcement is on our disk, or will never be."""
         with self._changed:
             _remember(self._history, message_id)
-            self._here[name] += 1
             self._changed.notify_all()
 
     # ---- whatsmeow's side ----
@@ -72,8 +77,12 @@ class Holds:
                 self._hold_call(text)
             elif text.startswith("<receipt ") and 'type="hist_sync"' in text:
                 self._hold_receipt(text)
-        elif source == "Client" and text.startswith("Received history sync (type "):
-            self._hold_delete(text)
+        elif source == "Client":
+            if text.startswith(_RECEIVED):
+                self._hold_delete()
+            elif text.startswith(_FAILED):
+                with self._changed:
+                    self._worked_off += 1
 
     def _on_call(self, text: str) -> None:
         match = _CALL.match(text)
@@ -99,17 +108,19 @@ class Holds:
             while found is not None and found[1] not in self._history:
                 self._changed.wait(1.0)
 
-    def _hold_delete(self, text: str) -> None:
-        match = _RECEIVED.match(text)
-        name = tag(match["sync"], match["chunk"]) if match else ""
+    def _hold_delete(self) -> None:
         deadline = self._clock() + self._delete_seconds
         with self._changed:
-            while not self._here[name]:
-                if self._clock() >= deadline:
+            number = self._worked_off
+            self._worked_off += 1
+            while not self._is_here(number):
+                if self.overdue or self._clock() >= deadline:  # once wrong, it would be wrong each time
                     self.overdue += 1
                     return
                 self._changed.wait(1.0)
-            self._here[name] -= 1
+
+    def _is_here(self, number: int) -> bool:
+        return number < len(self._announced) and self._announced[number] in self._history
 
 
 def _remember(known: OrderedDict[_K, None], key: _K) -> None:

@@ -62,8 +62,8 @@ def _sentences(data: Json, title: str | None, actor: Party | None, who: Any) -> 
         )
     found += _people(data, actor, who, by)
     for name, field_name, on, off in (
-        ("Announce", "IsAnnounce", "Only admins can write now", "Everybody can write now"),
-        ("Locked", "isLocked", "Only admins can change the group now", "Everybody can change the group now"),
+        ("Announce", "IsAnnounce", "Writing restricted to admins", "Writing opened to everybody"),
+        ("Locked", "isLocked", "Group settings restricted to admins", "Group settings opened to everybody"),
         ("Ephemeral", "IsEphemeral", "Disappearing messages turned on", "Disappearing messages turned off"),
     ):  # fmt: skip
         if isinstance(data.get(name), dict):
