@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import pytest_asyncio
 
 from gateway.whatsapp.phone_sign import DAY, FILE
+from sandbox.whatsapp.inbox import ReceiptSeen
 from sandbox.whatsapp.phone import Phone
 from sandbox.whatsapp.protos import e2e
 from tests.integration.whatsapp.conftest import Session, Template, resume, sandbox_at
@@ -103,6 +105,10 @@ async def test_a_send_cancelled_while_typing_was_never_sent(session: Session, me
     assert not mei.received
 
 
+def _is_read(message_id: str, seen: ReceiptSeen) -> bool:
+    return (seen.id, seen.kind) == (message_id, "read")
+
+
 async def test_what_was_answered_is_marked_as_read_and_nothing_before(session: Session, mei: Phone) -> None:
     first = await mei.send_text(session.shop, "hello", mode="lid")
     second = await mei.send_text(session.shop, "anybody there?", mode="pn")
@@ -111,7 +117,7 @@ async def test_what_was_answered_is_marked_as_read_and_nothing_before(session: S
     assert not [r for r in mei.receipts if r.kind == "read"]
     await session.channel.send(session.text(f"whatsapp:{mei.number}", "yes"))
     for sent in (first, second):
-        await mei.receipts.wait_for(lambda seen, sent=sent: seen.id == sent and seen.kind == "read")
+        await mei.receipts.wait_for(partial(_is_read, sent))
     # Answered again: there is nothing left to mark.
     await session.channel.send(session.text(f"whatsapp:{mei.number}", "still"))
     third = await mei.send_text(session.shop, "thanks")

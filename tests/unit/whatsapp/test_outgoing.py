@@ -54,7 +54,7 @@ def media(mime_type: str, size: int = 5, **fields: Any) -> LocalFile:
 def built(made: OutboundMessage, to: str = CHAT) -> e2e.Message:
     """The protobuf; a name that WhatsApp's form does not have is an error here, in the child it would be lost."""
     draft = outgoing.draft(made, to, DEVICE)
-    extra = dict(UPLOADED) if draft.upload else None
+    extra: dict[str, Any] | None = dict(UPLOADED) if draft.upload else None
     if draft.upload and draft.upload.preview:
         extra = {**(extra or {}), "JPEGThumbnail": "AAAA"}
     if draft.upload and draft.upload.duration:
