@@ -326,6 +326,14 @@ class ReadReceipts(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class History(Protocol):
+    async def sync_history(self) -> int:
+        """Have older messages brought, as far as the channel can; how many parts of them are under way now. They are
+        stored as history. Raises Conflict, with an `action`, when the channel gives no more than it gave."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class StoredMedia:
     """A stored message whose media is still on the channel. `media_metadata` and `raw_payload` are what `convert` made;

@@ -19,6 +19,7 @@ from core import faults, log
 from core.channel import (
     Attempt,
     Channel,
+    History,
     MediaSource,
     MediaTarget,
     MessageType,
@@ -387,6 +388,18 @@ class WhatsAppChannel:
         if problem is not None:
             raise problem
 
+    async def sync_history(self) -> int:
+        """WhatsApp hands history over once, after the pairing, and the client library cannot ask the phone for more."""
+        under_way = await self._history.under_way() if self._history is not None else 0
+        if self._history is None or not under_way:
+            raise Conflict(
+                "The phone hands over its history once, when it is linked; all it gave is stored.",
+                code="history_only_after_pairing",
+                action="to get it again, log the session out and pair the same phone again: nothing is stored twice",
+            )
+        self._history.hint()
+        return under_way
+
     async def _ask(self, op: str, **fields: Any) -> Any:
         child = await self._connected_child()
         try:
@@ -565,9 +578,9 @@ class WhatsAppChannel:
 
 def _contract(
     channel: WhatsAppChannel,
-) -> tuple[Channel, Pairable, NumberCheck, Typing, ReadReceipts, MediaSource]:
+) -> tuple[Channel, Pairable, NumberCheck, Typing, ReadReceipts, MediaSource, History]:
     """Keeps the adapter honest under mypy."""
-    return channel, channel, channel, channel, channel, channel
+    return channel, channel, channel, channel, channel, channel, channel
 
 
 __all__ = ["Timings", "WhatsAppChannel"]

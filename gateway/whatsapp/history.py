@@ -128,6 +128,12 @@ class HistorySync:
         if people:
             await sink.names(people)
 
+    async def under_way(self) -> int:
+        """Files that are announced or fetched and not stored yet."""
+        folder = self._folder
+        waiting, blobs = await asyncio.to_thread(folder.waiting), await asyncio.to_thread(folder.blobs)
+        return len(waiting) + len(blobs)
+
     # ---- reading one file ----
 
     async def items(self, reader: HistoryProcess, blob: Path) -> AsyncIterator[Item]:

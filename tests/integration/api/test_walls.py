@@ -89,6 +89,7 @@ ENTRIES: dict[tuple[str, str], Entry] = {
     ("POST", "/sessions/{tenant_id}/{session_id}/check"): Entry(
         200, lambda _: {"recipients": ["+60111222333"]}
     ),
+    ("POST", "/sessions/{tenant_id}/{session_id}/sync-history"): Entry(409),
     ("GET", "/sessions/{tenant_id}/{session_id}/qr"): Entry(409),
     ("POST", "/sessions/{tenant_id}/{session_id}/pairing-code"): Entry(
         409, lambda _: {"phone": "+60123456789"}
