@@ -83,6 +83,8 @@ from gateway.whatsapp.protocol import (
 THREADS = 32
 """Neonize keeps one for ever, a send that hangs keeps another; the default pool is too small on a small machine."""
 LOOK_SECONDS = 0.2
+RECONNECT_SECONDS = 1.0
+"""A link that stands again after this long is a new one."""
 LOCK_SECONDS = 4.0
 CALLS_KEPT = 1000
 """Whose beginning said whether they are video calls."""
@@ -487,12 +489,22 @@ class Child:
                 {"identifier": device.identifier, "lid": device.lid, "name": device.name} if device else {}
             )
         elif name == "disconnected":
-            self._connected = False
             self.gate.disconnected()
+            self._spawn(self._tell_disconnected())
+            return
         elif name == "paired":
             name = "paired" if fields.get("Status") == "SUCCESS" else "pair_error"
             fields = {"identifier": "+" + event.ID.User, "error": event.Error or None}
         self.wire.say(name, **{k: v for k, v in fields.items() if k not in ("ev", "Raw")})
+
+    async def _tell_disconnected(self) -> None:
+        """The library tells of a lost link and of the next one from two threads: the old news may come last."""
+        for _ in range(2):
+            if not await self._live.is_connected:
+                self._connected = False
+                self.wire.say("disconnected")
+                return
+            await asyncio.sleep(RECONNECT_SECONDS)
 
     def _on_client_end(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()

@@ -31,7 +31,7 @@ class GatewayProcess:
             "ADMIN_API_KEY": ADMIN_KEY,
             **environ,
         }
-        self.lines: deque[str] = deque(maxlen=400)
+        self.lines: deque[str] = deque(maxlen=20_000)
         self.not_json: list[str] = []
         self.url = ""
         self.process: asyncio.subprocess.Process | None = None
@@ -79,6 +79,19 @@ class GatewayProcess:
 
     def tail(self, count: int = 60) -> str:
         return "\n".join(list(self.lines)[-count:])
+
+    def story(self) -> str:
+        """What happened to sessions, children and the database, and every warning: what a failed wait needs to show."""
+        telling = (
+            '"event":"session.',
+            '"event":"child.',
+            '"event":"database.',
+            '"level":"error"',
+            '"level":"warning"',
+        )
+        return "\n".join(
+            line for line in list(self.lines)[-3000:] if any(word in line for word in telling)
+        ) + ("\n…\n" + self.tail(15))
 
     async def api(
         self, method: str, path: str, body: Any = None, *, key: str | None = ADMIN_KEY, **headers: str

@@ -115,7 +115,7 @@ class Stack:
             except LOST:
                 await self.reopen_soon()
             await asyncio.sleep(0.02)
-        raise AssertionError(f"not within {within} s: {what}\n{self.gateway.tail()}")
+        raise AssertionError(f"not within {within} s: {what}\n{self.gateway.story()}")
 
     async def reopen_soon(self) -> None:
         await asyncio.sleep(0.1)
