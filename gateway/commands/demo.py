@@ -106,7 +106,7 @@ class Demo:
             aiohttp.ClientSession(
                 self.gateway.url,
                 headers={"Authorization": f"Bearer {PLATFORM_KEY}"},
-                timeout=aiohttp.ClientTimeout(total=30),
+                timeout=aiohttp.ClientTimeout(total=45),
             )
         )
         self.db: asyncpg.Connection[Any] = await connect(self.gateway.database_url)
