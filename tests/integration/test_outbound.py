@@ -490,7 +490,8 @@ async def test_dispatch_next_sends_one_and_says_what_became_of_it(
 ) -> None:
     place, other = await make_place(database), await make_place(database, name="other")
     dispatcher = FakeDispatcher(platform, [])
-    async with running(database, dispatcher) as worker:
+    patient = Timings(**{**_fields(QUICK), "backoff": (60.0,)})  # no second try while we look
+    async with running(database, dispatcher, timings=patient) as worker:
         assert await worker.dispatch_next(place.tenant_id) is None
         queue_id = await enqueue(database, place, "x")
         await enqueue(database, other, "not mine")
