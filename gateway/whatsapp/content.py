@@ -46,6 +46,7 @@ _WRAPPERS = (
     "associatedChildMessage",
     "lottieStickerMessage",
 )
+_ENVELOPES = {name.lower(): name for name in _WRAPPERS}
 _MAX_WRAPPERS = 8
 
 _MEDIA = {
@@ -104,7 +105,11 @@ def unwrap(message: Json) -> tuple[Json, bool]:
     """The message inside its envelopes, and whether one of them was "view once"."""
     once = False
     for _ in range(_MAX_WRAPPERS):
-        for name in _WRAPPERS:
+        # By what is there, not by what might be: most messages have no envelope at all.
+        present = {str(name).lower() for name in message}
+        for low, name in _ENVELOPES.items():
+            if low not in present:
+                continue
             inner = field(obj(field(message, name)), "message")
             if isinstance(inner, dict) and inner:
                 once = once or name.startswith("viewOnce")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from core.channel import Person, SessionContext
@@ -47,6 +48,7 @@ def party(jid: str, other: str, phone_of: Callable[[str], str | None]) -> Party 
     return Party(phone, (lid,) if lid else ())
 
 
+@lru_cache(maxsize=4096)
 def _external(jid: str) -> str | None:
     if not jid:
         return None
