@@ -42,6 +42,8 @@ async def claim_unreadable(
               AND NOT m.is_history
               AND m.created_at < now() - $2::interval
               AND NOT EXISTS (SELECT 1 FROM et_inbound_claims c WHERE c.thread_id = m.thread_id)
+              -- The lock of `et_claim_inbound`: never two workers in one thread.
+              AND pg_try_advisory_xact_lock(hashtextextended('et_thread:' || m.thread_id, 0))
             ORDER BY m.created_at
             LIMIT 100
             FOR UPDATE OF m SKIP LOCKED

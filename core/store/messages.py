@@ -59,7 +59,9 @@ async def insert(conn: Conn, rows: Sequence[Row], lead_ids: Sequence[int]) -> li
         SELECT r.tenant_id, r.lead_id, r.session_id, r.channel, r.channel_message_id, r.channel_timestamp,
                to_timestamp(r.occurred_at), r.direction, r.role, r.sender_identifier, r.chat_identifier,
                r.message_type, r.content, r.reply_to_message_id, r.media_metadata::jsonb, r.raw_payload::jsonb,
-               r.is_history, r.placeholder, CASE r.direction WHEN 'inbound' THEN 'received' ELSE 'sent' END, r.thread_id
+               r.is_history, r.placeholder,
+               CASE WHEN r.direction <> 'inbound' THEN 'sent' WHEN r.is_history THEN 'inbound_ignored' ELSE 'received' END,
+               r.thread_id
         FROM ROWS FROM (
                 unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::bigint[], $7::float8[],
                        $8::text[], $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[],

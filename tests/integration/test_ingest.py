@@ -383,7 +383,7 @@ async def test_history_wakes_nobody(place: Place, ingest: Ingest) -> None:
     assert not await subscription.wait(0.3)
     subscription.close()
     rows = await place.rows("is_history, delivery_status, occurred_at")
-    assert [r["delivery_status"] for r in rows] == ["received", "sent"]
+    assert [r["delivery_status"] for r in rows] == ["inbound_ignored", "sent"]
     assert all(r["is_history"] and r["occurred_at"].year == 2017 for r in rows)
     assert await place.value("SELECT handled_by FROM et_threads") == "agent"
 
