@@ -26,6 +26,7 @@ import ctypes
 import logging
 import os
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -83,6 +84,7 @@ from gateway.whatsapp.protocol import (
 THREADS = 32
 """Neonize keeps one for ever, a send that hangs keeps another; the default pool is too small on a small machine."""
 LOOK_SECONDS = 0.2
+DEVICE_TRIES = 10
 RECONNECT_SECONDS = 1.0
 """A link that stands again after this long is a new one."""
 LOCK_SECONDS = 4.0
@@ -167,11 +169,16 @@ class Child:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._connected = False
+        self._device: store.Device | None = None
 
     # ---- starting and ending ----
 
     async def run(self) -> NoReturn:
         self._loop.set_default_executor(ThreadPoolExecutor(THREADS))
+        # Python's logging is off here: what a callback of the loop raises would vanish.
+        self._loop.set_exception_handler(
+            lambda _, context: self.wire.say("error", error=str(context.get("exception")))
+        )
         reader = asyncio.StreamReader(limit=LINE_LIMIT)
         await self._loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         self._spawn(self._watch_gate())
@@ -484,18 +491,31 @@ class Child:
         fields = MessageToDict(event)
         if name == "connected":
             self._connected = True
-            device = store.device(store_path(self.folder))
-            fields = (
-                {"identifier": device.identifier, "lid": device.lid, "name": device.name} if device else {}
-            )
-        elif name == "disconnected":
+            self._spawn(self._tell_connected())
+            return
+        if name == "disconnected":
             self.gate.disconnected()
             self._spawn(self._tell_disconnected())
             return
-        elif name == "paired":
+        if name == "paired":
             name = "paired" if fields.get("Status") == "SUCCESS" else "pair_error"
             fields = {"identifier": "+" + event.ID.User, "error": event.Error or None}
         self.wire.say(name, **{k: v for k, v in fields.items() if k not in ("ev", "Raw")})
+
+    async def _tell_connected(self) -> None:
+        """Who we are stands in whatsmeow's file, which may be locked while it catches up: that must not hide the news."""
+        for _ in range(DEVICE_TRIES):
+            if self._device is not None or not self._connected:
+                break
+            try:
+                self._device = await asyncio.to_thread(store.device, store_path(self.folder))
+                break
+            except sqlite3.OperationalError:
+                await asyncio.sleep(LOOK_SECONDS)
+        device = self._device
+        known = {"identifier": device.identifier, "lid": device.lid, "name": device.name} if device else {}
+        if self._connected:
+            self.wire.say("connected", **known)
 
     async def _tell_disconnected(self) -> None:
         """The library tells of a lost link and of the next one from two threads: the old news may come last."""
