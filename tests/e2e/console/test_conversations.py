@@ -36,9 +36,10 @@ async def test_a_message_arrives_live_and_a_person_answers_until_the_agent_is_gi
     await desk.page.press("#text", "Enter")
     got = await shop.mei.wait_for_text("shall I keep one", timeout=15)
     assert got.text == "Hi Mei, shall I keep one?\n<script>alert(1)</script>"
-    last = desk.page.locator(".bubble").last
-    await last.locator(".tick.blue").wait_for()
-    assert "A person" in await last.inner_text()
+    # By its words: until it is there, the last bubble is the agent's, with blue ticks of its own.
+    mine = desk.page.locator(".bubble", has_text="shall I keep one").last
+    await mine.locator(".tick.blue").wait_for()
+    assert "A person" in await mine.inner_text()
     assert await desk.page.input_value("#text") == ""
     await desk.sees("A person answers", "#thread-state")
 
