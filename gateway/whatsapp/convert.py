@@ -82,7 +82,7 @@ def _message(
     info = obj(data.get("Info"))
     source = obj(info.get("MessageSource"))
     chat, sender = _jid(source.get("Chat")), _jid(source.get("Sender"))
-    if is_ignored(chat) or (placeholder and data.get("DecryptFailMode") == "DECRYPT_FAIL_HIDE"):
+    if is_ignored(chat) or (placeholder and _hidden(info, data)):
         return Converted(ignored=1)
     body = obj(data.get("Message"))
     found: content.Content | None
@@ -134,6 +134,11 @@ def _message(
         arrived_at=arrived,
     )
     return Converted(messages=(message,))
+
+
+def _hidden(info: Json, data: Json) -> bool:
+    """Unreadable, and not meant for people: what the phone tells its own devices (keys, history) is asked for again."""
+    return data.get("DecryptFailMode") == "DECRYPT_FAIL_HIDE" or info.get("Category") == "peer"
 
 
 def _notice(data: Json, context: SessionContext, phone_of: PhoneOf, arrived: float) -> Converted:

@@ -185,12 +185,15 @@ class HistorySync:
             self._unsaved = False
             await asyncio.to_thread(self._folder.keep_names, dict(self._names))
 
-    async def linger(self) -> None:
-        """Until another file may have come, for a while."""
-        with contextlib.suppress(TimeoutError):
+    async def linger(self) -> bool:
+        """Wait for another file; whether one may have come."""
+        try:
             async with asyncio.timeout(LINGER_SECONDS):
                 await self._hint.wait()
+        except TimeoutError:
+            return False
         self._hint.clear()
+        return True
 
 
 class _Source:
@@ -205,16 +208,12 @@ class _Source:
         self.reading: Path | None = None
 
     async def items(self, reader: HistoryProcess) -> AsyncIterator[Item]:
-        lingered = False
         while True:
             fresh = [b for b in await asyncio.to_thread(self._folder.blobs) if b not in self._seen]
             if not fresh:
-                if lingered:
+                if not await self._sync.linger():
                     return  # everything is handed over; the last chunk is committed when this ends
-                await self._sync.linger()
-                lingered = True
                 continue
-            lingered = False
             self.reading = fresh[0]
             self._seen.add(fresh[0])
             async for item in self._sync.items(reader, fresh[0]):
