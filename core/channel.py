@@ -417,6 +417,36 @@ class WebhookConverter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class CredentialField:
+    """One line of a channel's log-in form. `path` is where its value stands in `credentials` (`("imap", "host")`)."""
+
+    path: tuple[str, ...]
+    label: str
+    kind: Literal["text", "secret", "number", "choice"] = "text"
+    required: bool = True
+    default: str | None = None
+    choices: tuple[str, ...] = ()
+    help: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogIn:
+    """What a channel said to these credentials: whose they are, and what is kept of them (defaults filled in)."""
+
+    identifier: str
+    """The session's own address (`shop@example.com`, `telegram:@shop_bot`)."""
+    credentials: Json
+    name: str | None = None
+
+
+class CredentialCheck(Protocol):
+    async def __call__(self, credentials: Json, metadata: Mapping[str, Any]) -> LogIn:
+        """Log in once and out again, within 20 s. Raises `InvalidField` that names the field (`credentials.imap.host`) and
+        what the server said, never the secret itself."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class ChannelKind:
     """A line of the registry: everything the rest of the gateway needs to know of a channel."""
 
@@ -430,3 +460,7 @@ class ChannelKind:
     files: bool = True
     """Whether keys or a journal live in the session's folder: then only a gateway that shares its `DATA_DIR` may take a
     session over. False for channels that keep everything in the database (email, Telegram)."""
+    check_credentials: CredentialCheck | None = None
+    """Set: sessions of this channel log in with credentials, which are checked before they are stored."""
+    form: tuple[CredentialField, ...] = ()
+    """What the console asks for when such a session is added."""
