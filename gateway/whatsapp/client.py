@@ -26,7 +26,6 @@ import ctypes
 import logging
 import os
 import signal
-import sqlite3
 import sys
 import threading
 import time
@@ -84,7 +83,6 @@ from gateway.whatsapp.protocol import (
 THREADS = 32
 """Neonize keeps one for ever, a send that hangs keeps another; the default pool is too small on a small machine."""
 LOOK_SECONDS = 0.2
-DEVICE_TRIES = 10
 RECONNECT_SECONDS = 1.0
 """A link that stands again after this long is a new one."""
 LOCK_SECONDS = 4.0
@@ -169,7 +167,6 @@ class Child:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._connected = False
-        self._device: store.Device | None = None
 
     # ---- starting and ending ----
 
@@ -336,10 +333,10 @@ class Child:
 
     async def _do_probe(self, _command: dict[str, Any]) -> dict[str, Any]:
         """A question that only WhatsApp can answer: a link that is up and dead does not."""
-        device = store.device(store_path(self.folder))
-        if device is None or not self._connected:
+        identifier = (await self._who_we_are()).get("identifier")
+        if identifier is None or not self._connected:
             raise ConnectionError("websocket not connected")
-        await self._live.is_on_whatsapp(device.identifier)
+        await self._live.is_on_whatsapp(identifier)
         return {"silent_for": self.gate.silent_for}
 
     async def _do_ping(self, _command: dict[str, Any]) -> dict[str, Any]:
@@ -503,19 +500,18 @@ class Child:
         self.wire.say(name, **{k: v for k, v in fields.items() if k not in ("ev", "Raw")})
 
     async def _tell_connected(self) -> None:
-        """Who we are stands in whatsmeow's file, which may be locked while it catches up: that must not hide the news."""
-        for _ in range(DEVICE_TRIES):
-            if self._device is not None or not self._connected:
-                break
-            try:
-                self._device = await asyncio.to_thread(store.device, store_path(self.folder))
-                break
-            except sqlite3.OperationalError:
-                await asyncio.sleep(LOOK_SECONDS)
-        device = self._device
-        known = {"identifier": device.identifier, "lid": device.lid, "name": device.name} if device else {}
+        known = await self._who_we_are()
         if self._connected:
             self.wire.say("connected", **known)
+
+    async def _who_we_are(self) -> dict[str, str]:
+        """Asked of whatsmeow, never read from its file: closing the file here would drop the locks that whatsmeow's own
+        SQLite holds in this process, and the next reader would roll its running transaction back."""
+        me = await self._live.get_me()
+        if not me.JID.User:
+            return {}
+        lid = f"{me.LID.User}@{me.LID.Server}" if me.LID.User else ""
+        return {"identifier": "+" + me.JID.User, "lid": lid, "name": me.PushName}
 
     async def _tell_disconnected(self) -> None:
         """The library tells of a lost link and of the next one from two threads: the old news may come last."""

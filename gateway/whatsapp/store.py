@@ -2,6 +2,10 @@
 
 Reads are short, so that whatsmeow hardly waits for them; only `drop_sessions` writes, and only while no
 client runs. Cryptographic state is never edited.
+
+Never called in the process where a client runs: whatsmeow brings an SQLite of its own, and POSIX locks belong to the
+process, so closing the file here would drop the locks held there (https://www.sqlite.org/howtocorrupt.html, "Two SQLite
+libraries").
 """
 
 from __future__ import annotations

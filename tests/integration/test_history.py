@@ -306,14 +306,14 @@ async def test_a_chunk_whose_outcome_is_unknown_is_counted_once(place: Place, wh
     def break_off() -> None:
         nonlocal broken
         broken += 1
-        if broken in (2, 3, 5):
+        if broken in (1, 2):
             raise ConnectionResetError("cut")
 
     faults.arm(where, break_off)
     work = importing(place)
     items: list[Item] = [Wrong(9999, "no"), *(old(place, n) for n in range(1200)), old(place, 7)]
     assert await work.run(each(items)) == Counts(1202, 1200, 1, 1)
-    assert broken >= 5
+    assert broken >= 3
     assert work.wrong == [Wrong(9999, "no")]
     row = await row_of(place, work)
     assert (row["status"], row["lines"], row["stored"], row["duplicates"]) == ("finished", 1202, 1200, 1)

@@ -16,8 +16,9 @@ import pytest
 
 from core.channel import LocalFile, MessageType, NotSent, OutboundMessage, Unknown
 from core.errors import NotSentError, ThrottledError, UnknownOutcomeError
+from gateway.whatsapp import store
 from gateway.whatsapp.folder import FolderLock
-from gateway.whatsapp.protocol import Exit
+from gateway.whatsapp.protocol import Exit, store_path
 from sandbox.whatsapp.phone import Phone
 from tests.integration.whatsapp.conftest import QUICK, Session, make_session
 from tests.support.whatsapp_sink import alive, until
@@ -339,3 +340,30 @@ async def test_a_child_killed_around_a_send_of_media_leaves_the_same_proof(
     assert cut_off.value.channel_message_id == got.id
     assert await session.channel.resolve(sent.attempt) == Unknown("cut_off", got.id)
     assert mei.media_bytes(got.message) == data
+
+
+async def test_a_look_at_whatsmeows_file_leaves_its_locks_alone(session: Session, mei: Phone) -> None:
+    """Closing a file drops every POSIX lock its process holds on it: a look from inside the child would let the next
+    reader take a running transaction's journal for a dead one's, and roll it back."""
+    child = session.channel._supervisor.child
+    assert child is not None
+    over = asyncio.Event()
+
+    async def probe() -> None:
+        while not over.is_set():
+            await child.ask("probe", seconds=20)
+
+    async def read() -> None:
+        while not over.is_set():
+            assert await asyncio.to_thread(store.device, store_path(session.context.folder))
+            await asyncio.sleep(0.001)
+
+    async with asyncio.TaskGroup() as group:
+        for look in (probe, probe, read, read):
+            group.create_task(look())
+        try:
+            for number in range(40):
+                await session.channel.send(session.text(f"whatsapp:{mei.number}", f"{number}"))
+        finally:
+            over.set()
+    assert [(await mei.next_message()).text for _ in range(40)] == [str(n) for n in range(40)]
