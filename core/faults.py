@@ -1,11 +1,13 @@
 """Fault points: named places at every fsync, commit and channel call where a test can stop, kill or delay the process.
 
 In production `point()` is one dictionary look-up of an empty dict. Armed only by the environment variable `FAULTS`
-(`name=action[:argument]`, comma-separated; actions `kill`, `exit`, `sleep:<seconds>`, `raise`) or by `arm` in tests.
+(`name=action[:argument]`, comma-separated; actions `kill`, `kill:<passing>`, `exit`, `sleep:<seconds>`, `raise`) or by `arm`
+in tests.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -42,7 +44,7 @@ def arm_from_environment(text: str | None = None) -> None:
         name, _, spec = entry.partition("=")
         verb, _, argument = spec.partition(":")
         if verb == "kill":
-            arm(name, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            arm(name, _kill_at(int(argument or 1)))
         elif verb == "exit":
             arm(name, lambda: os._exit(70))
         elif verb == "sleep":
@@ -51,7 +53,18 @@ def arm_from_environment(text: str | None = None) -> None:
         elif verb == "raise":
             arm(name, lambda n=name: _raise(n))  # type: ignore[misc]
         else:
-            raise ValueError(f"FAULTS: {entry!r} is not name=kill|exit|sleep:<s>|raise")
+            raise ValueError(f"FAULTS: {entry!r} is not name=kill[:n]|exit|sleep:<s>|raise")
+
+
+def _kill_at(passing: int) -> Callable[[], None]:
+    """Kill this process the n-th time it comes by."""
+    left = itertools.count(passing - 1, -1)
+
+    def action() -> None:
+        if next(left) <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return action
 
 
 def _raise(name: str) -> None:

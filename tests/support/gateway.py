@@ -23,6 +23,9 @@ class GatewayProcess:
     Every stdout line must be JSON (checked); the last ones are kept for the message of a failing test.
     """
 
+    module = "gateway"
+    """What is run; a fault harness runs it with shortened waits."""
+
     def __init__(self, data_dir: Path, **environ: str) -> None:
         self.environ = {
             **{k: v for k, v in os.environ.items() if k not in ("DATABASE_URL", "SPHINX")},
@@ -43,7 +46,7 @@ class GatewayProcess:
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "gateway",
+            self.module,
             "serve",
             cwd=ROOT,
             env=self.environ,

@@ -25,6 +25,7 @@ LOST = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.Internal
 class Stack:
     """`async with Stack(tmp_path, migrated_url) as stack:`; without a URL the gateway runs its embedded server."""
 
+    process = GatewayProcess
     tenant: int
     session: int
 
@@ -36,9 +37,9 @@ class Stack:
     async def __aenter__(self) -> Stack:
         try:
             self.sandbox = await self._stack.enter_async_context(WhatsAppSandbox(self.folder / "sandbox"))
-            self.gateway = GatewayProcess(
+            self.gateway = self.process(
                 self.folder / "data",
-                WHATSAPP_CLIENT_COMMAND=self.sandbox.client_command(),
+                WHATSAPP_CLIENT_COMMAND=self.client_command(),
                 **self.sandbox.launch_env(),
                 **self.environ,
             )
@@ -55,6 +56,9 @@ class Stack:
             await self._stack.aclose()
             raise
         return self
+
+    def client_command(self) -> str:
+        return self.sandbox.client_command()
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
