@@ -1,15 +1,32 @@
-"""What a channel's sink may do beyond `core.channel.Sink`: take in history, and answer for the channel itself.
+"""What a channel's sink may do beyond `core.channel.Sink`: take in history, answer for the channel itself, keep the place
+a pull channel has come to, and look up what was said.
 
 A channel asks `isinstance(sink, HistorySink)` and lives without it. Nothing here does IO.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable, Mapping
+from collections.abc import AsyncIterable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol, runtime_checkable
 
+from core.channel import Cursor, Json, MessageId, Person, Quoted
+from core.channel import Cursor
 from core.history import Counts, Item
+
+
+@runtime_checkable
+class CursorSink(Protocol):
+    """Where a pull channel (IMAP, Bot API) left off. A cursor normally moves with its message: `InboundMessage.cursor`."""
+
+    async def cursors(self) -> dict[str, Cursor]:
+        """What this session has stored, by name. Raises DatabaseUnavailable."""
+        ...
+
+    async def advance(self, cursor: Cursor) -> None:
+        """Move on without a message, after everything that was received before. Raises DatabaseUnavailable."""
+        ...
 
 
 @runtime_checkable
@@ -36,4 +53,38 @@ class ReplySink(Protocol):
         """Queue a text of the channel's own, once per person and time; False when it was not due yet or may not be sent.
 
         Raises DatabaseUnavailable."""
+        ...
+
+
+@runtime_checkable
+class PullSink(Protocol):
+    """For a channel that fetches: where it goes on. `InboundMessage.cursor` moves it together with the message."""
+
+    async def cursors(self) -> Mapping[str, Cursor]:
+        """All of this session, by name. Raises DatabaseUnavailable."""
+        ...
+
+    async def advance(self, cursor: Cursor) -> None:
+        """Move one without a message, after everything that was handed over before. Raises DatabaseUnavailable."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A message of ours that is known: to whom it went, and the `payload` it was enqueued with."""
+
+    person: Person
+    payload: Json = field(default_factory=dict)
+
+
+@runtime_checkable
+class ConversationSink(Protocol):
+    """For a channel whose messages name each other (a mail's References)."""
+
+    async def written(self, channel_message_ids: Sequence[str]) -> Mapping[str, Written]:
+        """Those of these ids that are messages we sent from this session. Raises DatabaseUnavailable."""
+        ...
+
+    async def last_said(self, message_id: MessageId) -> Quoted | None:
+        """What the other side said last in the conversation of this outbound message. Raises DatabaseUnavailable."""
         ...

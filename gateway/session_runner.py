@@ -17,9 +17,12 @@ from core import log as logs
 from core.channel import (
     Channel,
     ChannelKind,
+    Cursor,
     InboundMessage,
+    MessageId,
     Pairable,
     PairingUpdate,
+    Quoted,
     SessionContext,
     SessionId,
     SessionState,
@@ -30,6 +33,7 @@ from core.channel import (
 from core.errors import DatabaseUnavailable, GatewayError
 from core.history import Counts, Item
 from core.metrics import Metrics
+from core.sinks import Written
 from core.store.sessions import SessionRow
 from gateway.session_sinks import SessionStore
 
@@ -47,6 +51,7 @@ class Watched(Protocol):
 class Ingesting(Protocol):
     async def submit(self, messages: Sequence[InboundMessage]) -> list[Stored]: ...
     async def apply_status(self, updates: Sequence[StatusUpdate]) -> object: ...
+    async def advance(self, session_id: SessionId, cursor: Cursor) -> None: ...
 
 
 class Reporting(Protocol):
@@ -319,6 +324,15 @@ class Sink:
         self._check()
         await runner._ingest.apply_status(updates)
 
+    async def cursors(self) -> dict[str, Cursor]:
+        return await self._runner._store.cursors(self._runner.session_id)
+
+    async def advance(self, cursor: Cursor) -> None:
+        runner = self._runner
+        await runner.known.wait()
+        self._check()
+        await runner._ingest.advance(runner.session_id, cursor)
+
     async def history(
         self, source: AsyncIterable[Item], committed: Callable[[int], None], *, kind: str = "sync"
     ) -> Counts:
@@ -341,6 +355,22 @@ class Sink:
         return await runner._store.automatic_reply(
             runner.row.tenant_id, runner.session_id, recipient, text, purpose, at_most_every
         )
+
+    async def cursors(self) -> Mapping[str, Cursor]:
+        await self._runner.known.wait()
+        return await self._runner._store.cursors(self._runner.session_id)
+
+    async def advance(self, cursor: Cursor) -> None:
+        await self._runner.known.wait()
+        self._check()
+        await self._runner._ingest.advance(self._runner.session_id, cursor)
+
+    async def written(self, channel_message_ids: Sequence[str]) -> Mapping[str, Written]:
+        runner = self._runner
+        return await runner._store.written(runner.row.tenant_id, runner.session_id, channel_message_ids)
+
+    async def last_said(self, message_id: MessageId) -> Quoted | None:
+        return await self._runner._store.last_said(self._runner.row.tenant_id, message_id)
 
     async def state(self, state: SessionState) -> None:
         self._runner.heard()

@@ -1,22 +1,24 @@
-"""What a session's sink does with the database beyond storing what arrives: history in bulk, names, automatic texts.
+"""What a session's sink does with the database beyond storing what arrives: history in bulk, names, automatic texts, where
+a pull channel goes on, and what was said before.
 
 Knows no channel. Every call may be repeated: nothing is stored or sent twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
 import asyncpg
 
 from core import log as logs
-from core.channel import SessionId, TenantId
+from core.channel import Cursor, MessageId, Person, Quoted, SessionId, TenantId
 from core.database import Database, is_transient
 from core.errors import DatabaseUnavailable
 from core.history import Counts, HistoryImport, Item
-from core.store import leads, replies
+from core.sinks import Written
+from core.store import conversations, leads, messages, replies
 from core.store.audit import Conn
 
 log = logs.get(part="sessions")
@@ -49,6 +51,9 @@ class SessionStore:
             progress=lambda counts: committed(counts.lines),
         )
         return await work.run(source)
+
+    async def cursors(self, session_id: SessionId) -> dict[str, Cursor]:
+        return await self._with(lambda conn: messages.cursors_of(conn, session_id))
 
     async def names(self, tenant_id: TenantId, names: Mapping[str, str]) -> None:
         people = sorted(names)
@@ -88,6 +93,35 @@ class SessionStore:
             # A suspended tenant, a recipient nobody can write to: the call itself is stored all the same.
             log.warning("reply.refused", tenant_id=tenant_id, session_id=session_id, error=str(error))
             return False
+
+    async def cursors(self, session_id: SessionId) -> dict[str, Cursor]:
+        return await self._with(lambda conn: messages.cursors_of(conn, session_id))
+
+    async def written(
+        self, tenant_id: TenantId, session_id: SessionId, channel_message_ids: Sequence[str]
+    ) -> dict[str, Written]:
+        rows = await self._with(
+            lambda conn: conversations.written(conn, tenant_id, session_id, channel_message_ids)
+        )
+        return {
+            row["channel_message_id"]: Written(
+                Person(row["external_id"], row["kind"]),
+                row["payload"] if isinstance(row["payload"], dict) else {},
+            )
+            for row in rows
+        }
+
+    async def last_said(self, tenant_id: TenantId, message_id: MessageId) -> Quoted | None:
+        row = await self._with(lambda conn: conversations.last_said(conn, tenant_id, message_id))
+        if row is None:
+            return None
+        return Quoted(
+            row["channel_message_id"],
+            row["sender_identifier"],
+            row["content"],
+            from_me=False,
+            raw_payload=row["raw_payload"] or {},
+        )
 
     async def _with(self, work: Callable[[Conn], Awaitable[T]]) -> T:
         try:
