@@ -12,21 +12,7 @@ from datetime import timedelta
 from typing import Protocol, runtime_checkable
 
 from core.channel import Cursor, Json, MessageId, Person, Quoted
-from core.channel import Cursor
 from core.history import Counts, Item
-
-
-@runtime_checkable
-class CursorSink(Protocol):
-    """Where a pull channel (IMAP, Bot API) left off. A cursor normally moves with its message: `InboundMessage.cursor`."""
-
-    async def cursors(self) -> dict[str, Cursor]:
-        """What this session has stored, by name. Raises DatabaseUnavailable."""
-        ...
-
-    async def advance(self, cursor: Cursor) -> None:
-        """Move on without a message, after everything that was received before. Raises DatabaseUnavailable."""
-        ...
 
 
 @runtime_checkable

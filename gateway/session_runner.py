@@ -324,15 +324,6 @@ class Sink:
         self._check()
         await runner._ingest.apply_status(updates)
 
-    async def cursors(self) -> dict[str, Cursor]:
-        return await self._runner._store.cursors(self._runner.session_id)
-
-    async def advance(self, cursor: Cursor) -> None:
-        runner = self._runner
-        await runner.known.wait()
-        self._check()
-        await runner._ingest.advance(runner.session_id, cursor)
-
     async def history(
         self, source: AsyncIterable[Item], committed: Callable[[int], None], *, kind: str = "sync"
     ) -> Counts:

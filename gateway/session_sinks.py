@@ -52,9 +52,6 @@ class SessionStore:
         )
         return await work.run(source)
 
-    async def cursors(self, session_id: SessionId) -> dict[str, Cursor]:
-        return await self._with(lambda conn: messages.cursors_of(conn, session_id))
-
     async def names(self, tenant_id: TenantId, names: Mapping[str, str]) -> None:
         people = sorted(names)
         for start in range(0, len(people), NAMES_AT_ONCE):

@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.channel import InboundMessage, LeadId, MessageId, SessionStatus, StatusUpdate, Stored, ThreadId
+from core.channel import (
+    Cursor,
+    InboundMessage,
+    LeadId,
+    MessageId,
+    SessionId,
+    SessionStatus,
+    StatusUpdate,
+    Stored,
+    ThreadId,
+)
 from core.database import Database
 from core.metrics import Metrics
 from core.secrets import KeyRing, generate
@@ -44,6 +54,7 @@ class Inbox:
         return [Stored(MessageId(1), ThreadId(1), LeadId(1)) for _ in messages]
 
     async def apply_status(self, updates: Sequence[StatusUpdate]) -> None: ...
+    async def advance(self, session_id: SessionId, cursor: Cursor) -> None: ...
 
 
 def settings_for(data_dir: Path) -> Settings:
