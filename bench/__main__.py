@@ -1,6 +1,6 @@
 """Every benchmark, in a short form, and its figures into docs/performance.md:
 
-    python -m bench [--full] [--no-page] [ingest outbound whatsapp webhook kills history phone sessions]
+    python -m bench [--full] [--no-page] [ingest outbound whatsapp webhook kills history phone media sessions]
 
 About four minutes; `--full` runs the minute of 1,000 messages and longer rounds, about eight. Names given: only those,
 and the page is left alone. Everything ends by itself; a benchmark that fails is named, and the others still run.
@@ -14,7 +14,17 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import common, history, history_whatsapp, ingest, outbound, page, sessions, whatsapp
+from bench import (
+    common,
+    history,
+    history_whatsapp,
+    ingest,
+    media_whatsapp,
+    outbound,
+    page,
+    sessions,
+    whatsapp,
+)
 from bench.common import Figure
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
@@ -43,6 +53,7 @@ BENCHES: dict[str, tuple[str, Run, str, str]] = {
     ),
     "history": ("Bulk import of history", history.main, "--rows 50000", "--rows 100000"),
     "phone": ("A phone's history after a pairing", history_whatsapp.main, "--messages 30000", "--messages 100000"),
+    "media": ("Large files through the real client", media_whatsapp.main, "--rounds 1", "--rounds 3"),
     "sessions": ("Sessions", sessions.main, "--sessions 10", "--sessions 10"),
 }  # fmt: skip
 

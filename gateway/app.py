@@ -30,6 +30,7 @@ from core.journal import Journal
 from core.metrics import Metrics
 from core.migrate import migrate
 from core.outbound import OutboundWorker
+from core.pilot import PilotKeeper
 from core.secrets import KeyRing
 from core.settings import Settings
 from gateway import console
@@ -45,7 +46,8 @@ from gateway.whatsapp.settings import check as check_whatsapp_settings
 logger = log.get(part="app")
 
 STOP_SECONDS = 10
-LAG_INTERVAL = 0.5
+LAG_INTERVAL = 0.01
+"""Seconds. A loop that is held up for so long or less may go unseen: what is measured is at most this too little."""
 
 
 def registry(settings: Settings, metrics: Metrics) -> dict[str, ChannelKind]:
@@ -107,6 +109,7 @@ class Gateway:
 
         keys = KeyRing.from_settings(settings)
         kinds = registry(settings, metrics)
+        metrics.expect_channels(kinds)
         self.ingest = Ingest(self.database, metrics)
         await self._run(self.ingest.start, self.ingest.stop)
         store = MediaStore(writable_directory(settings.media_dir))
@@ -143,6 +146,8 @@ class Gateway:
         # Stopped the other way round: first nothing new is decided or claimed, calls under way end, then the sessions.
         await self._run(self.sessions.start, self.sessions.stop)
         await self._run(self.downloads.start, self.downloads.stop)
+        self.pilot = PilotKeeper(self.database, metrics)
+        await self._run(self.pilot.start, self.pilot.stop)
         await self._run(self.spool.start, self.spool.stop)
         await self._run(self.outbound.start, self.outbound.stop)
         if "worker" not in self.without:
