@@ -5,7 +5,7 @@ A registry per process object (not the library's global one), so that tests can 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
@@ -154,3 +154,50 @@ class Metrics:
         self.http_latency = Histogram(
             "gateway_http_request_seconds", "HTTP request duration.", ["method", "route"], registry=r
         )
+
+        # --- what the pilot is judged by: of the last 24 hours, all gateways of the database together (core.pilot)
+        self.pilot_success = Gauge(
+            "gateway_pilot_send_success_ratio",
+            "Share of the last day's finished sends that the channel accepted.",
+            ["channel"],
+            registry=r,
+        )
+        self.pilot_retries = Gauge(
+            "gateway_pilot_retries_per_send",
+            "Definite failures per finished send of the last day.",
+            ["channel"],
+            registry=r,
+        )
+        self.pilot_duplicates = Gauge(
+            "gateway_pilot_duplicates_suppressed",
+            "Redelivered messages of the last day that were already stored.",
+            ["channel"],
+            registry=r,
+        )
+
+    def expect_channels(self, channels: Iterable[str]) -> None:
+        """Have these channels' counters begin at nought: Prometheus sees no increase in a series that begins at one, and
+        the first loss would go unnoticed."""
+        counters = (
+            self.duplicates, self.retries, self.reconnects, self.child_exits, self.undecryptable, self.possible_loss,
+            self.gate_alarms,
+        )  # fmt: skip
+        for channel in channels:
+            for counter in counters:
+                counter.labels(channel)
+            for outcome in ("sent", "failed", "refused", "unknown"):
+                self.sends.labels(channel, outcome)
+            for direction in ("inbound", "outbound"):
+                self.messages.labels(channel, direction)
+            self.pilot_duplicates.labels(channel)
+
+    def duplicates_by_channel(self) -> dict[str, int]:
+        """Suppressed since this process began."""
+        samples = (sample for metric in self.duplicates.collect() for sample in metric.samples)
+        return {s.labels["channel"]: int(s.value) for s in samples if s.name.endswith("_total")}
+
+    def pilot_channels(self) -> set[str]:
+        """Those that show a figure now."""
+        return {
+            sample.labels["channel"] for metric in self.pilot_success.collect() for sample in metric.samples
+        }

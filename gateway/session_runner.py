@@ -161,7 +161,8 @@ class Runner:
         if tasks:
             await asyncio.wait(tasks, timeout=1)
         await self._put_down()
-        self._metrics.session_up.labels(self.row.tenant_id, self.session_id, self.kind.name).set(0)
+        # Not 0: it is no longer ours to tell. One that is still wanted and that nobody has is told by `/metrics`.
+        self._metrics.session_up.remove(self.row.tenant_id, self.session_id, self.kind.name)
 
     async def logout(self) -> None:
         """End the session on the channel's side. Raises what the channel raises, or TimeoutError."""
