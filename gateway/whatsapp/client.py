@@ -435,6 +435,7 @@ class Child:
         if kind == MESSAGE:
             newsletter = source.Chat.Server == "newsletter"
             self.gate.stored(event.Info.ID, senders, confirmed_later=not newsletter)
+            faults.point("whatsapp.gate.opened")
         else:
             self.gate.noted(event.Info.ID, senders)
 
