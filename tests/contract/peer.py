@@ -1,10 +1,9 @@
 """The other side of a channel, scripted: what the conformance suite needs of the world behind an adapter.
 
 A peer never looks into the gateway's database and never calls the channel: it is the server, the customers and the faults.
-One module per channel (`email_peer.py`) with a class that keeps `Peer`, and a test module of three lines:
+One module per channel (`email_peer.py`) with a class that keeps `Peer`, and a test module with one class:
 
-    class TestEmail(Contract):
-        peer = EmailPeer
+    class TestEmail(Contract, peer=EmailPeer): ...
 
 Everything listens on loopback, on ports of its own, under the folder it is given.
 """
@@ -41,6 +40,7 @@ class Can(StrEnum):
     """The other side can stop answering without closing anything."""
     REFUSE_LOGIN = "refuse_login"
     REFUSE = "refuse"
+    """The channel says at once that an address can never be reached."""
     THROTTLE = "throttle"
     FAIL = "fail"
     """The channel can say of a send that it was not taken, for a reason that passes."""
@@ -151,15 +151,16 @@ class Peer(Protocol):
         """A new person nobody has heard of. `name` is unique in a run and [a-z0-9-]."""
         ...
 
+    def unreachable(self) -> str:
+        """An address (as `Customer.address`) that the channel refuses for good: not on WhatsApp, 550, chat not found. Not
+        needed without `Can.REFUSE`."""
+        ...
+
     def recorded(self) -> Iterator[tuple[str, Converted]]:
         """Every fixture of this channel, run through its `convert`, by name. See `recorded_json`."""
         ...
 
     # --- what can go wrong
-
-    async def refuse_next(self) -> None:
-        """The next send is refused for good: unknown recipient, blocked, 5xx."""
-        ...
 
     async def throttle_next(self) -> None:
         """The next send meets a rate limit (of 1 s, where the channel says how long)."""
