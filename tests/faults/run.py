@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 import orjson
 
+from core import log
 from tests.faults.checker import Report
 
 PROMISES = {
@@ -103,6 +104,7 @@ def main(
     if not promises:
         click.echo("\n".join(f"{name}  {_title(name)}" for name in PROMISES))
         return
+    log.configure("error")
     seed = secrets.randbelow(1_000_000) if seed is None else seed
     held = True
     for name in promises:
