@@ -28,6 +28,7 @@ from core.channel import (
     TenantId,
     Unknown,
 )
+from core.errors import InvalidField
 from core.identity import channel_of, checked
 from tests.contract.peer import Can, Peer
 from tests.contract.world import World, digest
@@ -97,6 +98,23 @@ class Contract:
                 world.db, "SELECT message_type FROM et_messages WHERE id = $1", stored.message_id
             )
             assert stored.duplicate or kind == message.message_type
+
+    @needs(Can.CHECK)
+    async def test_credentials_are_tried_on_the_spot_and_a_mistake_is_named(self, world: World) -> None:
+        check = world.kind.check_credentials
+        assert check is not None
+        right = world.peer.log_in()
+        said = await check(dict(right.credentials), right.metadata)
+        assert said.identifier == right.identifier
+        assert world.kind.form, "the console cannot ask for them"
+        wrong = world.peer.wrong_credentials()
+        assert wrong
+        for field, credentials in wrong.items():
+            with pytest.raises(InvalidField) as refusal:
+                await check(dict(credentials), right.metadata)
+            assert refusal.value.field == field
+            assert len(refusal.value.reason) > 10
+            assert not [secret for secret in world.peer.secrets() if secret in str(refusal.value)]
 
     # --- what comes in
 

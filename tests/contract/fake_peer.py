@@ -20,6 +20,7 @@ from core.channel import (
     ChannelKind,
     Converted,
     InboundMessage,
+    Json,
     MediaTarget,
     MessageType,
     OutboundMessage,
@@ -192,6 +193,7 @@ class FakeCustomer:
 class FakePeer:
     channel: ClassVar[str] = "fake"
     cannot: ClassVar[Mapping[Can, str]] = {
+        Can.CHECK: "its sessions are made by the tests, not by a person who may mistype",
         Can.HANG: "there is no connection that could fall silent: a call in one process always returns",
     }
     never: ClassVar[Mapping[MessageType, str]] = {}
@@ -217,6 +219,9 @@ class FakePeer:
 
     def secrets(self) -> Sequence[str]:
         return [SECRET]
+
+    def wrong_credentials(self) -> Mapping[str, Json]:
+        return {}
 
     def customer(self, name: str) -> FakeCustomer:
         made = FakeCustomer(self.server, name)

@@ -39,6 +39,8 @@ class Can(StrEnum):
     HANG = "hang"
     """The other side can stop answering without closing anything."""
     REFUSE_LOGIN = "refuse_login"
+    CHECK = "check"
+    """Credentials are tried before they are stored (`ChannelKind.check_credentials`)."""
     REFUSE = "refuse"
     """The channel says at once that an address can never be reached."""
     THROTTLE = "throttle"
@@ -145,6 +147,11 @@ class Peer(Protocol):
 
     def secrets(self) -> Sequence[str]:
         """Strings that must stand in no log line and no row: password, token, refresh token, keys."""
+        ...
+
+    def wrong_credentials(self) -> Mapping[str, Json]:
+        """By the field that must be named (`credentials.imap.host`): log-ins with a mistake there, each with a secret of its
+        own under `secrets`. Not needed without `Can.CHECK`."""
         ...
 
     def customer(self, name: str) -> Customer:

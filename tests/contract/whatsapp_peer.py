@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from core.channel import Channel, ChannelKind, Converted, MessageType, SessionContext, Sink
+from core.channel import Channel, ChannelKind, Converted, Json, MessageType, SessionContext, Sink
 from core.metrics import Metrics
 from core.settings import Settings
 from gateway.whatsapp.channel import WhatsAppChannel
@@ -89,7 +89,9 @@ class WhatsAppCustomer:
 
 class WhatsAppPeer:
     channel: ClassVar[str] = "whatsapp"
-    cannot: ClassVar[Mapping[Can, str]] = {}
+    cannot: ClassVar[Mapping[Can, str]] = {
+        Can.CHECK: "a session is linked by its phone, there are no credentials to try",
+    }
     never: ClassVar[Mapping[MessageType, str]] = {}
 
     async def open(self, folder: Path) -> None:
@@ -121,6 +123,9 @@ class WhatsAppPeer:
 
     def secrets(self) -> Sequence[str]:
         return [SECRET]
+
+    def wrong_credentials(self) -> Mapping[str, Json]:
+        return {}
 
     def customer(self, name: str) -> WhatsAppCustomer:
         return WhatsAppCustomer(self.wa.person(f"+{60111444000 + len(self.wa.people)}", name), self.shop)

@@ -95,12 +95,12 @@ class World:
         settings.media_dir.mkdir()
         self.files = MediaStore(settings.media_dir)
         self.uploads = OutgoingMedia(self.db, self.files, metrics=self.metrics)
-        kind = self.peer.kind(settings, self.metrics)
+        self.kind = self.peer.kind(settings, self.metrics)
         self.sessions = SessionManager(
             self.db,
             self.ingest,
             self.metrics,
-            {kind.name: kind},
+            {self.kind.name: self.kind},
             settings,
             owner="gw-contract",
             keys=KEYS,
