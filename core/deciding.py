@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -117,7 +117,9 @@ class Deciding:
             rows = await self._act(conn, held, judged)
             faults.point("inbound.commit")
         faults.point("inbound.stored")
-        self._report(burst, held, rows)
+        # Whatever is decided about it (a group's, a person's thread): nobody waits for it any more.
+        unreadable = {message.id for message in judged.context.messages if message.placeholder}
+        self._report(burst, held, rows, unreadable)
 
     async def give_up(self, burst: Burst, error: DeciderFailed, attempts: int) -> None:
         """No decision could be had: `inbound_error`, a person takes over, and the audit log says why."""
@@ -233,14 +235,23 @@ class Deciding:
         await decisions.store(conn, held, rows)
         return rows
 
-    def _report(self, burst: Burst, held: Held, rows: Sequence[Row]) -> None:
+    def _report(
+        self, burst: Burst, held: Held, rows: Sequence[Row], unreadable: Collection[int] = ()
+    ) -> None:
         """After the commit only: a metric or a log line never says what may still be rolled back."""
         duration = time.monotonic() - burst.since
         self._metrics.decision_latency.observe(duration)
         for row in rows:
             self._metrics.decisions.labels(row.decider, row.action).inc()
-            if row.reason == "undecryptable":
+            if row.message_id in unreadable:
                 self._metrics.possible_loss.labels(burst.channel).inc()
+                log.error(
+                    "message.possibly_lost",
+                    tenant_id=held.tenant_id,
+                    session_id=held.session_id,
+                    message_id=row.message_id,
+                    action="ask the person to send it again, or look at the phone",
+                )
             log.info(
                 "decision.stored",
                 tenant_id=held.tenant_id,

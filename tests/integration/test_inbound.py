@@ -276,6 +276,24 @@ async def test_an_unreadable_message_is_given_up_to_a_person_and_counted(databas
     assert await shop.replies() == []
 
 
+async def test_what_could_never_be_read_counts_as_possible_loss_whoever_handles_its_thread(
+    database: Database,
+) -> None:
+    shop = await open_shop(database)
+    metrics = Metrics()
+    [known] = await shop.write("hello")
+    await shop.value(
+        "UPDATE et_threads SET handled_by = 'human' WHERE id = (SELECT thread_id FROM et_messages WHERE id = $1)",
+        known,
+    )
+    async with working(database, metrics=metrics, poll_seconds=0.1, placeholder_seconds=0.2):
+        lost = await shop.write(None, message_type="unsupported", placeholder=True)
+        lost += await shop.write(None, who=9, kind="group", message_type="unsupported", placeholder=True)
+        decisions = await shop.decided(lost)
+    assert {d["reason"] for d in decisions} == {"handled_by_human", "group"}
+    assert metrics.possible_loss.labels("whatsapp")._value.get() == 2
+
+
 async def test_a_suspended_tenants_messages_wait(database: Database) -> None:
     shop = await open_shop(database)
     await shop.value("UPDATE et_tenants SET status = 'suspended'")

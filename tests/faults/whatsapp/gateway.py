@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 import core.outbound
+import gateway.app
 import gateway.whatsapp.channel
 from gateway.__main__ import main
 
@@ -23,6 +24,8 @@ def shorten(text: str) -> None:
         made = functools.partial(module.Timings, **waits.get(name, {}))
         made()  # a name that is none is found here
         module.Timings = made
+    app: Any = gateway.app
+    app.InboundWorker = functools.partial(app.InboundWorker, **waits.get("inbound", {}))
 
 
 if __name__ == "__main__":

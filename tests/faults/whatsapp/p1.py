@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import random
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+
+import orjson
 
 from tests.faults import checker
 from tests.faults.checker import Report, percentiles
 from tests.faults.ledger import OFFERED, Entry, read
 from tests.faults.run import Plan
-from tests.faults.whatsapp.rig import Line, Rig
-from tests.support.postgres import PostgresServer
+from tests.faults.whatsapp.killing import Kill, Killer, database
+from tests.faults.whatsapp.rig import SHORT_WAITS, Line, Rig
 
 CHILD_POINTS = (
     "whatsapp.callback",
@@ -37,29 +36,18 @@ GATEWAY_POINTS = (
     "journal.before_release",
     "journal.after_release",
 )
+PLACEHOLDER_SECONDS = 5.0
+"""Until an unreadable message is given up; ten minutes in earnest."""
 SLOW = 0.03
 """Seconds that an fsync takes on the slow disk."""
 
 
-@dataclass(slots=True)
-class Kill:
-    how: str
-    session: int
-    logins: int
-    """How often the session had logged in by then."""
-    at: float = field(default_factory=time.monotonic)
-    back: float = 0.0
-    """Seconds until everything that was not acknowledged then was."""
-    healed: list[float] = field(default_factory=list)
-    """Seconds until each message that the sender's phone had to encrypt anew was acknowledged."""
+class Killing(Killer):
+    """Kills around the taking of a message."""
 
-
-class Killing:
     def __init__(self, rig: Rig, rng: random.Random) -> None:
-        self.rig, self.rng = rig, rng
-        self.kills: list[Kill] = []
-        self.missed: Counter[str] = Counter()
-        """Kills that found nobody, and fault points nobody came by."""
+        super().__init__(rig, rng)
+        self.recoveries: list[Kill] = []
         self._strikes: list[Callable[[str], None]] = []
         rig.witness.on_ack = self._acknowledged
 
@@ -76,14 +64,6 @@ class Killing:
         self.kills.append(kill)
         await self._recovered(line, kill, before)
 
-    def _strike(self, line: Line, how: str, pid: int | None = None) -> Kill | None:
-        pid = pid or line.pid
-        if pid is None:
-            return None
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        return Kill(how, line.session, self.rig.logins(line))
-
     async def _recovered(self, line: Line, kill: Kill, before: set[str]) -> None:
         """New messages go on coming while the session recovers."""
         rig = self.rig
@@ -94,12 +74,13 @@ class Killing:
         witness = rig.witness
         healed = [i for i in witness.asked_again.keys() - before if witness.said[i].session == line.session]
         kill.healed += [witness.acked[i] - kill.at for i in healed if i in witness.acked]
+        self.recoveries.append(kill)
 
     async def _random(self, line: Line, how: str) -> Kill | None:
         """At any moment of ordinary traffic."""
         writing = asyncio.create_task(self.rig.burst(line, self.rng.randint(5, 20), 0.02))
         await asyncio.sleep(self.rng.uniform(0.0, 0.4))
-        kill = self._strike(line, how)
+        kill = self.strike(line, how)
         await writing
         return kill
 
@@ -108,7 +89,7 @@ class Killing:
         ids = await self.rig.burst(line, self.rng.randint(1, 12))
         await self.rig.written(self.rng.choice(ids))
         await asyncio.sleep(self.rng.uniform(0.0, 0.015))
-        return self._strike(line, how)
+        return self.strike(line, how)
 
     async def _acked(self, line: Line, how: str) -> Kill | None:
         """In the moment in which an acknowledgement arrives."""
@@ -118,7 +99,7 @@ class Killing:
 
         def strike(msg_id: str) -> None:
             if not struck.done() and self.rig.witness.said[msg_id].session == line.session:
-                struck.set_result(self._strike(line, how, pid))
+                struck.set_result(self.strike(line, how, pid))
 
         self._strikes.append(strike)
         try:
@@ -138,7 +119,7 @@ class Killing:
     async def _point(self, line: Line, how: str) -> Kill | None:
         """The next child kills itself at this place; it is started by a kill at random."""
         point = how.partition(":")[2]
-        pid = await self._armed(line, f"{point}=kill:{self.rng.randint(1, 5)}")
+        pid = await self.armed(line, f"{point}=kill:{self.rng.randint(1, 5)}")
         # It may die of what waits for it before it is even seen online.
         await self.rig.burst(line, self.rng.randint(6, 12), 0.01)
         if pid is None or not await self.rig.child_gone(pid, within=30):
@@ -148,22 +129,12 @@ class Killing:
     async def _slow(self, line: Line, how: str) -> Kill | None:
         """Every fsync takes long: many messages are decrypted and wait for the disk when the child dies."""
         logins = self.rig.logins(line)
-        if await self._armed(line, f"journal.before_fsync=sleep:{SLOW}") is None:
+        if await self.armed(line, f"journal.before_fsync=sleep:{SLOW}") is None:
             return None
         await self.rig.online(line, logins)
         await self.rig.burst(line, self.rng.randint(20, 60))
         await asyncio.sleep(self.rng.uniform(0.05, 0.8))
-        return self._strike(line, how)
-
-    async def _armed(self, line: Line, faults: str) -> int | None:
-        """Kill the child, so that one with these armed takes its place; that one's process id."""
-        self.rig.arm_next(line, faults)
-        pid = line.pid
-        kill = self._strike(line, "to start an armed child")
-        if kill is None or pid is None:
-            return None
-        self.kills.append(kill)
-        return await self.rig.new_child(line, pid)
+        return self.strike(line, how)
 
     # ---- the gateway ----
 
@@ -175,14 +146,12 @@ class Killing:
         if point is None:
             await asyncio.sleep(self.rng.uniform(0.0, 0.4))
         else:
-            await self._end_gateway("to start an armed gateway")
-            with contextlib.suppress(AssertionError):  # it may die of what waits for it while it starts
-                await rig.restart_gateway(f"{point}=kill:{self.rng.randint(1, 4)}")
+            await self.armed_gateway(point, self.rng.randint(1, 4))
             await asyncio.gather(*writing)
             writing = self._write_to_all(8)
-            if not await self._gateway_died(within=30):
+            if not await self.gateway_died():
                 self.missed[f"gateway:{point}"] += 1
-        kills = await self._end_gateway(f"gateway:{point or 'random'}")
+        kills = await self.end_gateway(f"gateway:{point or 'random'}")
         await asyncio.gather(*writing)
         await rig.restart_gateway()
         for line, kill in zip(rig.lines, kills, strict=True):
@@ -190,23 +159,6 @@ class Killing:
 
     def _write_to_all(self, count: int) -> list[asyncio.Task[list[str]]]:
         return [asyncio.create_task(self.rig.burst(line, count, 0.03)) for line in self.rig.lines]
-
-    async def _gateway_died(self, within: float) -> bool:
-        process = self.rig.gateway.process
-        assert process is not None
-        try:
-            async with asyncio.timeout(within):
-                await process.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    async def _end_gateway(self, how: str) -> list[Kill]:
-        """`kill -9`, its children go with it. One kill, seen by each session."""
-        await self.rig.gateway.kill()
-        kills = [Kill(how, line.session, self.rig.logins(line)) for line in self.rig.lines]
-        self.kills.append(kills[0])
-        return kills
 
 
 def schedule(count: int, rng: random.Random) -> tuple[list[str], list[str | None]]:
@@ -225,10 +177,9 @@ def schedule(count: int, rng: random.Random) -> tuple[list[str], list[str | None
         + ["random"] * (rest // 3)
     )
     rng.shuffle(kinds)
-    at: list[str | None] = [
-        None if n % 3 == 0 else GATEWAY_POINTS[n % len(GATEWAY_POINTS)] for n in range(gateways)
-    ]
-    return kinds, at[: max(1, gateways * 2 // 3)]
+    points_in_turn = itertools.cycle(GATEWAY_POINTS)
+    at = [None if n % 3 == 0 else next(points_in_turn) for n in range(max(1, gateways * 2 // 3))]
+    return kinds, at
 
 
 async def run(plan: Plan) -> Report:
@@ -248,16 +199,10 @@ async def run(plan: Plan) -> Report:
             await _rest(killing, count)
             await settle(rig)
             await judge(rig, killing, report)
+            await beyond_recovery(rig, killing, report)
     finally:
         await asyncio.to_thread(server.close)
     return report
-
-
-def database() -> tuple[PostgresServer, str]:
-    """A server of the run's own, and an empty database on it; the gateway makes its schema."""
-    server = PostgresServer()
-    server.start()
-    return server, server.create_database()
 
 
 async def _lane(killing: Killing, line: Line, kinds: list[str]) -> None:
@@ -287,10 +232,7 @@ async def judge(rig: Rig, killing: Killing, report: Report) -> None:
     ledger = read(rig.ledger.path)
     for msg_id in witness.said:  # what was put on the wire more than once
         ledger += [Entry(OFFERED, msg_id, w.monotonic, w.at) for w in rig.sandbox.written(msg_id)[1:]]
-    report.figures["kills"] = len(killing.kills)
-    report.figures["of which"] = dict(Counter(kill.how for kill in killing.kills).most_common())
-    if killing.missed:
-        report.figures["struck nobody"] = dict(killing.missed)
+    report.figures |= killing.told()
     ways = Counter(said.how for said in witness.said.values())
     report.figures["messages"] = dict(ways)
     report.add("stored", checker.inbound(ledger, (row["item"] for row in rows)))
@@ -307,12 +249,10 @@ async def judge(rig: Rig, killing: Killing, report: Report) -> None:
     report.zero("left unreadable", len(open_))
     reported = int(await rig.metric("gateway_possible_loss_total"))
     report.figures["reported as possible loss"] = reported
-    healed = [
-        seconds for kill in killing.kills for seconds in kill.healed
-    ]  # of the first session when a gateway died
+    healed = [seconds for kill in killing.recoveries for seconds in kill.healed]
     report.figures["encrypted anew by the sender's phone"] = len(witness.asked_again)
     report.figures["healed after, s"] = percentiles(healed)
-    report.figures["all acknowledged after a kill, s"] = percentiles(k.back for k in killing.kills if k.back)
+    report.figures["all acknowledged after a kill, s"] = percentiles(k.back for k in killing.recoveries)
     order = [
         (row["thread_id"], witness.said[row["item"]].number)
         for row in rows
@@ -320,3 +260,35 @@ async def judge(rig: Rig, killing: Killing, report: Report) -> None:
     ]
     report.zero("inversions", checker.inversions(order))
     report.zero("gate alarms", await rig.metric("gateway_gate_alarms_total"))
+
+
+async def beyond_recovery(rig: Rig, killing: Killing, report: Report) -> None:
+    """Decrypted, never stored, and the sender's phone is off for good: that must be said, in a row and in a metric."""
+    waits = SHORT_WAITS | {"inbound": {"placeholder_seconds": PLACEHOLDER_SECONDS}}
+    rig.gateway.environ |= {"FAULTS_TIMINGS": orjson.dumps(waits).decode(), "INBOUND_POLL_SECONDS": "1"}
+    await killing.end_gateway("gateway:random")
+    line = rig.lines[0]
+    rig.arm_next(line, "whatsapp.callback=kill")
+    await rig.restart_gateway()
+    author = line.people[0]
+    author.answers_retries = False
+    sent = await author.send_text(line.shop, "nobody will ever read this")
+
+    async def reported() -> bool:
+        return await rig.metric("gateway_possible_loss_total") >= 1
+
+    with contextlib.suppress(AssertionError):
+        await rig.until(reported, "the message is reported as possible loss", 60)
+    row = await rig.db.fetchrow(
+        """
+        SELECT m.placeholder, d.reason, d.action
+        FROM et_messages m
+        LEFT JOIN et_decisions d ON d.message_id = m.id
+        WHERE m.channel_message_id = $1
+        """,
+        sent,
+    )
+    report.figures["beyond recovery"] = dict(row) if row else "no row"
+    report.check("beyond recovery is a row that says so", row is not None and bool(row["placeholder"]))
+    report.check("beyond recovery counts as possible loss", await reported())
+    author.answers_retries = True
