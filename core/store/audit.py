@@ -22,6 +22,7 @@ Event = Literal[
     "session_logged_out",
     "session_created",
     "session_deleted",
+    "session_credentials_changed",
     "key_created",
     "key_revoked",
     "lead_merged",
@@ -29,6 +30,7 @@ Event = Literal[
     "thread_taken_over",
     "thread_released",
     "outbound_retried",
+    "outbound_settled",
 ]
 
 

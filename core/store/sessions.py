@@ -171,6 +171,23 @@ async def get(conn: Conn, tenant_id: int, session_id: int) -> SessionRow:
     return _row(row)
 
 
+async def by_identifier(conn: Conn, tenant_id: int, channel_type: str, identifier: str) -> SessionRow | None:
+    """The tenant's session with this address; its row stays locked until the transaction ends."""
+    row = await conn.fetchrow(
+        f"""
+        SELECT {_COLUMNS} {_FROM}
+        WHERE s.tenant_id = $1
+          AND s.channel_type = $2
+          AND s.session_identifier = $3
+        FOR NO KEY UPDATE OF s
+        """,
+        tenant_id,
+        channel_type,
+        identifier,
+    )
+    return None if row is None else _row(row)
+
+
 async def survivor(conn: Conn, tenant_id: int, session_id: int) -> SessionId | None:
     """The session that a pending one became part of, when its number turned out to be known."""
     found = await conn.fetchval(

@@ -9,9 +9,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AfterValidator, Field
 
+from core import log_in
+from core.channel import ChannelKind, LogIn, SessionId, SessionStatus
 from core.channel import NumberCheck as NumberChecker
-from core.channel import SessionId, SessionStatus
-from core.errors import Invalid
+from core.errors import Invalid, InvalidField
 from core.identity import address_of, external_id
 from core.store import audit, credentials, leases
 from core.store import crm as crm_store
@@ -94,7 +95,8 @@ class NewSession(Body):
     settings: JsonObject = Field(default_factory=dict)
     credentials: JsonObject | None = Field(
         None,
-        description="Encrypted at rest, never shown again. WhatsApp by webhook: `app_secret`, `verify_token`.",
+        description="Encrypted at rest, never shown again. Channels that log in with them (email, Telegram) check them"
+        " on the spot. WhatsApp by webhook: `app_secret`, `verify_token`.",
     )
 
 
@@ -206,10 +208,13 @@ async def listed(call: Call[NoQuery, NoBody]) -> list[Session]:
 async def create(call: Call[NoQuery, NewSession]) -> Reply:
     """Make a session. Making does not start it: `connect`, `qr` or `pairing-code` does.
 
+    A channel that logs in with credentials checks them first: 422 names the field and what the server said. An address that
+    the tenant has already and that is not live goes on with the new credentials, with its conversations; a live one is 409.
     A WhatsApp session that is fed by the webhook alone is never started.
     """
     body = call.body
-    if body.channel_type not in call.services.registry:
+    kind = call.services.registry.get(body.channel_type)
+    if kind is None:
         known = ", ".join(sorted(call.services.registry)) or "none"
         raise invalid(
             "channel_type", f"{body.channel_type!r} is not a channel of this gateway; it has: {known}"
@@ -222,31 +227,56 @@ async def create(call: Call[NoQuery, NewSession]) -> Reply:
     if body.default_workspace_id is not None:
         metadata["default_workspace_id"] = body.default_workspace_id
     if body.expected_identifier is not None:
-        metadata["expected_identifier"] = _normal(body.channel_type, body.expected_identifier)
+        metadata["expected_identifier"] = _normal(kind, body.expected_identifier)
+    proxy: str | None = None
     if body.proxy is not None:
-        metadata["proxy"], whole = split_proxy(body.proxy)
-        if whole is not None:
-            secrets["proxy"] = whole
+        metadata["proxy"], proxy = split_proxy(body.proxy)
+    found = await _log_in(kind, body.credentials, metadata, body.proxy)
+    if found is not None:
+        secrets = found.credentials
+        expected = metadata.pop("expected_identifier", None)
+        if expected is not None and expected.casefold() != found.identifier.casefold():
+            raise invalid("credentials", f"they are those of {found.identifier}, and {expected} was expected")
+    if proxy is not None:
+        secrets = {**secrets, log_in.PROXY: proxy}
+    ids = {"tenant_id": int(call.tenant_id)}
     # As worker, inside one transaction: the API's role cannot touch credentials. The tenant was checked before.
     async with call.db.worker() as conn, conn.transaction():
-        session = await store.create(
-            conn,
-            call.tenant_id,
-            body.channel_type,
-            name=body.name,
-            metadata=metadata,
-            status=SessionStatus.PAIRING,
-        )
-        if secrets:
-            await credentials.put(
-                conn,
-                call.services.keys,
-                tenant_id=call.tenant_id,
-                session_id=session.id,
-                credentials=secrets,
+        if found is not None:
+            found = LogIn(found.identifier, secrets, found.name)
+            session = await log_in.create(
+                conn, call.services.keys, **ids, kind=kind, found=found, name=body.name, metadata=metadata
             )
+        else:
+            session = await store.create(
+                conn,
+                call.tenant_id,
+                body.channel_type,
+                name=body.name,
+                metadata=metadata,
+                status=SessionStatus.PAIRING,
+            )
+            if secrets:
+                await credentials.put(
+                    conn, call.services.keys, **ids, session_id=session.id, credentials=secrets
+                )
         await _audit(call, conn, "session_created", session.id)
     return Reply(201, await _detail(call, session.id))
+
+
+async def _log_in(
+    kind: ChannelKind, given: JsonObject | None, metadata: JsonObject, proxy: str | None
+) -> LogIn | None:
+    """What the channel says to these credentials; None when it is not one that logs in with any."""
+    if kind.check_credentials is None:
+        return None
+    if not given:
+        fields = ", ".join(f"credentials.{log_in.name_of(field)}" for field in kind.form if field.required)
+        raise InvalidField(
+            "credentials",
+            f"a {kind.name} session logs in with them" + (f"; it takes {fields}" if fields else ""),
+        )
+    return await log_in.check(kind, given, {**metadata, "proxy": proxy} if proxy is not None else metadata)
 
 
 def _settings(call: Call[Any, Any], channel: str, settings: JsonObject) -> JsonObject:
@@ -257,9 +287,11 @@ def _settings(call: Call[Any, Any], channel: str, settings: JsonObject) -> JsonO
     return kind.settings(settings)
 
 
-def _normal(channel: str, address: str) -> str:
+def _normal(kind: ChannelKind, address: str) -> str:
+    if kind.check_credentials is not None:
+        return address.strip()  # the channel's own way of naming an account, which no customer has: @shop_bot
     try:
-        return address_of(external_id(channel, address))
+        return address_of(external_id(kind.name, address))
     except Invalid as error:
         raise invalid("expected_identifier", error.detail) from None
 
@@ -299,35 +331,47 @@ async def read(call: Call[NoQuery, NoBody]) -> SessionDetail:
 async def change(call: Call[NoQuery, SessionChange]) -> SessionDetail:
     """Change name, workspace, proxy, settings or credentials; null takes a workspace or proxy away.
 
-    `settings` replaces all that were there. A live session takes a new proxy or new credentials up when it is connected
-    again.
+    `settings` and `credentials` replace all that were there. New credentials are checked as when the session was made, and
+    must be of the same account. A live session takes a new proxy or new credentials up when it is connected again; one that
+    stands still because its old ones were refused tries them at once.
     """
     body = call.body
     session_id = call.id("session_id")
     given = body.model_fields_set
     if body.default_workspace_id is not None:
         await call.own("workspace", "et_workspaces", body.default_workspace_id)
+    session = await read_session(call, session_id)
     metadata: JsonObject = {}
     if "default_workspace_id" in given:
         metadata["default_workspace_id"] = body.default_workspace_id
     if body.settings is not None:
-        session = await read_session(call, session_id)
         metadata["settings"] = _settings(call, session.channel_type, body.settings)
     whole: str | None = None
     if "proxy" in given:
         metadata["proxy"], whole = split_proxy(body.proxy) if body.proxy is not None else (None, None)
+    replaced = body.credentials
+    kind = call.services.registry.get(session.channel_type)
+    if replaced is not None and kind is not None:
+        found = await _log_in(kind, replaced, {**session.metadata, **metadata}, body.proxy)
+        if found is not None:
+            log_in.same_account(session, found)
+            replaced = found.credentials
     async with call.db.worker() as conn, conn.transaction():
         await store.patch(conn, call.tenant_id, session_id, name=body.name, metadata=metadata)
-        if body.credentials is not None or "proxy" in given:
+        if replaced is not None or "proxy" in given:
             ids = {"tenant_id": int(call.tenant_id), "session_id": session_id}
             secrets = await credentials.get(conn, call.services.keys, **ids)
-            old_proxy = secrets.pop("proxy", None)
-            if body.credentials is not None:
-                secrets = dict(body.credentials)
+            old_proxy = secrets.pop(log_in.PROXY, None)
+            if replaced is not None:
+                secrets = dict(replaced)
             proxy = whole if "proxy" in given else old_proxy
             if proxy is not None:
-                secrets["proxy"] = proxy
+                secrets[log_in.PROXY] = proxy
             await credentials.put(conn, call.services.keys, **ids, credentials=secrets)
+        if replaced is not None:
+            await _audit(call, conn, "session_credentials_changed", session_id)
+            if kind is not None and kind.check_credentials is not None:
+                await log_in.try_again(conn, session)
     return await _detail(call, session_id)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from core.channel import SessionId
+from core.channel import ChannelKind, SessionId
 from core.database import Database
 from core.ingest import Ingest
 from core.journal import Journal
@@ -207,13 +207,14 @@ async def running_api(
     settings: Settings | None = None,
     limits: Limits | None = None,
     real_sessions: bool = False,
+    more_kinds: Mapping[str, ChannelKind] | None = None,
 ) -> AsyncIterator[Api]:
     metrics = Metrics()
     platform = FakePlatform()
     dispatcher = FakeDispatcher(platform, [])
     manager = Owned()
     kind = dataclasses.replace(platform.kind("whatsapp"), webhook=convert_webhook, settings=settings_check)
-    registry = {"whatsapp": kind}
+    registry = {"whatsapp": kind, **(more_kinds or {})}
     settings = settings or Settings(data_dir=folder)
     async with AsyncExitStack() as stack:
         ingest = Ingest(db, metrics)
