@@ -3,8 +3,10 @@
 -- One active thread per lead and session. Two first messages at the same instant meet here.
 CREATE UNIQUE INDEX IF NOT EXISTS et_threads_one_active
     ON et_threads (tenant_id, lead_id, channel_session_id) WHERE status = 'active';
-CREATE INDEX IF NOT EXISTS et_threads_by_lead ON et_threads (tenant_id, lead_id, last_message_at);
-CREATE INDEX IF NOT EXISTS et_threads_recent ON et_threads (tenant_id, last_message_at DESC, id DESC);
+-- No index is on last_message_at: storing a message would write to every index of its thread. Whoever wants the latest
+-- threads orders by recent_at first: ORDER BY recent_at DESC, last_message_at DESC, id DESC.
+CREATE INDEX IF NOT EXISTS et_threads_by_lead ON et_threads (tenant_id, lead_id);
+CREATE INDEX IF NOT EXISTS et_threads_recent ON et_threads (tenant_id, recent_at DESC);
 CREATE INDEX IF NOT EXISTS et_threads_by_session ON et_threads (tenant_id, channel_session_id);
 CREATE INDEX IF NOT EXISTS et_threads_by_agent ON et_threads (tenant_id, agent_id) WHERE agent_id IS NOT NULL;
 

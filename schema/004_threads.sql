@@ -1,4 +1,5 @@
 -- Every message has a thread, every lead an identity: filled in by triggers, deterministic, no outside calls.
+-- What follows once messages are stored (last_message_at, events, wake-ups) stands in 006_events.sql.
 --
 -- enable_seqscan is off in functions on the hot path: a plan cached by a long connection while a table was
 -- tiny would otherwise go on reading the whole table after it has grown.
@@ -101,10 +102,12 @@ END
 $$;
 
 -- The active threads of so many rows at once, in their order, NULL where there is none: for writers of batches, which
--- then pay for one call instead of one a row.
+-- then pay for one call instead of one a row. Its one plan is by index for any number of rows; planning it for each
+-- call, as a function would with arrays, cost more than looking up five threads.
 CREATE OR REPLACE FUNCTION et_active_threads(p_tenants BIGINT[], p_leads BIGINT[], p_sessions BIGINT[])
 RETURNS SETOF BIGINT
-LANGUAGE plpgsql STABLE ROWS 100 SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+LANGUAGE plpgsql STABLE ROWS 100 SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
     RETURN QUERY
     SELECT (
@@ -128,39 +131,6 @@ CREATE OR REPLACE TRIGGER et_messages_before_insert
         OR NEW.occurred_at IS NULL OR NEW.occurred_at > clock_timestamp()
         OR (NEW.sender_identifier IS NULL AND NEW.direction = 'outbound'))
     EXECUTE FUNCTION et_message_before_insert();
-
--- last_message_at follows what was really stored, so it belongs after the insert: BEFORE triggers also run for
--- duplicates. Threads are locked in id order, against deadlocks between two bulk writers.
-CREATE OR REPLACE FUNCTION et_message_after_insert() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
-BEGIN
-    UPDATE public.et_threads t
-    SET last_message_at = greatest(t.last_message_at, seen.latest),
-        history_only = t.history_only AND NOT seen.live,
-        updated_at = now()
-    FROM (
-        SELECT n.thread_id, max(n.occurred_at) FILTER (WHERE NOT n.is_history) AS latest, true AS live
-        FROM new_rows n
-        GROUP BY n.thread_id
-        HAVING bool_or(NOT n.is_history)
-        UNION ALL
-        SELECT n.thread_id, max(n.occurred_at), false
-        FROM new_rows n
-        GROUP BY n.thread_id
-        HAVING bool_and(n.is_history)
-        ORDER BY 1
-    ) seen
-    WHERE t.id = seen.thread_id
-      AND (seen.live OR t.history_only)
-      AND (t.last_message_at < seen.latest OR (seen.live AND t.history_only));
-    RETURN NULL;
-END
-$$;
-
-CREATE OR REPLACE TRIGGER et_messages_after_insert
-    AFTER INSERT ON et_messages REFERENCING NEW TABLE AS new_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION et_message_after_insert();
 
 -- A lead's external_id is its first identity. One that already belongs to somebody else is refused:
 -- the writer looks the identity up again and uses that lead.

@@ -1,10 +1,30 @@
--- Wake-ups and the event log. A notification carries nothing and is only a hint; it is sent once per statement and
--- only when rows were written: statement triggers also fire when ON CONFLICT DO NOTHING stored nothing.
+-- The latest message of a thread, wake-ups, the event log. A notification carries nothing and is only a hint; it is sent
+-- once per statement and only when rows were written: statement triggers also fire when DO NOTHING stored nothing.
 -- Transition tables allow one event per trigger, so INSERT and UPDATE have one each.
 
+-- Everything that follows from stored messages, in one call a statement: it belongs after the insert, because BEFORE
+-- triggers also run for duplicates. Threads are locked in id order, against deadlocks between two bulk writers.
+-- The planner's switches as in 004_threads.sql: by index, whatever the size of the tables when the plan was made.
 CREATE OR REPLACE FUNCTION et_message_inserted() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 BEGIN
+    UPDATE public.et_threads t
+    SET last_message_at = greatest(t.last_message_at, seen.latest),
+        history_only = t.history_only AND NOT seen.live,
+        updated_at = now()
+    FROM (
+        SELECT n.thread_id,
+               coalesce(max(n.occurred_at) FILTER (WHERE NOT n.is_history), max(n.occurred_at)) AS latest,
+               bool_or(NOT n.is_history) AS live
+        FROM new_rows n
+        GROUP BY n.thread_id
+        ORDER BY n.thread_id
+    ) seen
+    WHERE t.id = seen.thread_id
+      AND (seen.live OR t.history_only)
+      AND (t.last_message_at < seen.latest OR (seen.live AND t.history_only));
+
     -- History wakes nobody and is not news.
     INSERT INTO public.et_events (tenant_id, kind, ref_id)
     SELECT n.tenant_id, 'message', n.id

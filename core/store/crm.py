@@ -280,6 +280,7 @@ async def list_threads(
     limit: int,
 ) -> list[Record]:
     """Latest conversation first. A search looks at the lead's name, its identities and the latest messages."""
+    # recent_at is last_message_at in steps, and what the index is on (see schema/003_indexes.sql).
     return await conn.fetch(
         f"""
         SELECT {_THREAD}
@@ -307,8 +308,8 @@ async def list_threads(
                    ) latest
                    WHERE latest.content ILIKE $8
                ))
-          AND ($9::timestamptz IS NULL OR (t.last_message_at, t.id) < ($9, $10::bigint))
-        ORDER BY t.last_message_at DESC, t.id DESC
+          AND ($9::timestamptz IS NULL OR t.recent_at <= $9 AND (t.last_message_at, t.id) < ($9, $10::bigint))
+        ORDER BY t.recent_at DESC, t.last_message_at DESC, t.id DESC
         LIMIT $11
         """,  # noqa: S608
         tenant_id,

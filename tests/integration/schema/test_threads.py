@@ -124,6 +124,35 @@ async def test_last_message_at_never_goes_back(world: Any) -> None:
     assert (await threads(world))[0]["last_message_at"] == latest
 
 
+async def test_a_burst_leaves_the_indexes_of_the_threads_alone(world: Any) -> None:
+    """A message moves last_message_at; were an index on it, every index of et_threads would get an entry a message."""
+    await world.inbound(world.a, "m0")
+    async with world.owner.transaction():
+        for n in range(20):
+            # All in one of the steps of recent_at, as messages that come at once are.
+            at = datetime(2030, 1, 1, 0, 0, 0, n, tzinfo=UTC)
+            await world.owner.execute("UPDATE et_threads SET last_message_at = $1", at)
+        everything, in_place = await world.owner.fetchrow(
+            "SELECT pg_stat_get_xact_tuples_updated(t), pg_stat_get_xact_tuples_hot_updated(t) "
+            "FROM (SELECT 'et_threads'::regclass::oid AS t) x"
+        )
+    assert (everything, in_place) == (20, 19)  # the first one moves it into its step
+
+
+async def test_recent_at_sorts_as_last_message_at_does(world: Any) -> None:
+    await world.inbound(world.a, "m0")
+    at = datetime(2026, 3, 1, 12, 0, 2, tzinfo=UTC)
+    before = None
+    for step in range(9):
+        await world.owner.execute(
+            "UPDATE et_threads SET last_message_at = $1", at + timedelta(seconds=step * 1.5)
+        )
+        (thread,) = await threads(world)
+        assert timedelta(0) <= thread["last_message_at"] - thread["recent_at"] < timedelta(seconds=4)
+        assert before is None or before <= thread["recent_at"]
+        before = thread["recent_at"]
+
+
 async def test_occurred_at_is_the_channels_time_and_never_in_the_future(world: Any) -> None:
     past = await world.inbound(world.a, "m1", channel_timestamp=1_700_000_000_123)
     future = await world.inbound(world.a, "m2", channel_timestamp=4_000_000_000_000)
