@@ -17,7 +17,7 @@ from core import log as logs
 from core.channel import ChannelKind, Converted, SessionContext, SessionId, Stored, TenantId
 from core.database import Database, is_transient
 from core.errors import DatabaseUnavailable, JournalError, NotFound
-from core.journal import Entry, Journal
+from core.journal import KEEP_SECONDS, Entry, Journal
 from core.metrics import Metrics
 from core.store import sessions
 from gateway.api.services import Ingesting
@@ -25,11 +25,13 @@ from gateway.api.services import Ingesting
 log = logs.get(part="spool")
 
 KIND = "webhook"
-BATCH = 50
+BATCH = 200
+"""Bodies that are stored together: later ones queue up behind them, so they must go quicker than new ones come."""
 POLL_SECONDS = 1.0
 RETRY_SECONDS = 1.0
 SUBMIT_SECONDS = 5.0
 """After this long a body is spooled instead: senders do not wait much longer. The rows are idempotent."""
+REPLAY_SECONDS = 30.0
 FAILURE_SECONDS = 60.0
 """How long one failed write keeps `writable` false when nothing has succeeded since."""
 PRUNE_SECONDS = 3600.0
@@ -60,7 +62,8 @@ class WebhookSpool:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        await asyncio.to_thread(self._count)
+        """Raises JournalError when the disk takes no writes: a gateway that cannot spool must not say "received"."""
+        await asyncio.to_thread(self._look_back)
         self._task = asyncio.create_task(self._replay_forever(), name="webhook-spool")
 
     async def stop(self) -> None:
@@ -106,10 +109,10 @@ class WebhookSpool:
         self._look.set()
         log.info("spool.appended", tenant_id=tenant_id, session_id=session_id, result=self.depth)
 
-    async def store(self, converted: Converted) -> list[Stored]:
+    async def store(self, converted: Converted, *, within: float = SUBMIT_SECONDS) -> list[Stored]:
         """Into the database, messages first. Raises DatabaseUnavailable (also after too long: the rows are idempotent)."""
         try:
-            async with asyncio.timeout(SUBMIT_SECONDS):
+            async with asyncio.timeout(within):
                 stored = await self._ingest.submit(converted.messages) if converted.messages else []
                 if converted.updates:
                     await self._ingest.apply_status(converted.updates)
@@ -152,20 +155,61 @@ class WebhookSpool:
                     await self._look.wait()
             self._look.clear()
 
+    def _look_back(self) -> None:
+        """Everything of the last day once more, also what was stored already: a database that was set back to before that
+        gets it again, any other one knows it by its key. Blocking."""
+        self._journal.prune()
+        again = self._journal.replay(time.time() - KEEP_SECONDS)
+        self._count()
+        if self._waiting:
+            log.info("spool.found", count=self.depth, result=f"{again} of them were stored before")
+
     async def _replay(self) -> bool:
-        """One batch; whether there may be more."""
+        """Everything that waits; whether there may be more."""
         after, done = 0, 0
         while True:
             entries = await asyncio.to_thread(self._journal.pending, after, BATCH)
-            for entry in entries:
-                after = entry.number
-                if self._tries.get(entry.number, 0) >= MAX_TRIES:
-                    continue  # set aside until the next start; the depth keeps telling
-                done += await self._replay_one(entry)
+            # Those that failed too often are set aside until the next start; the depth keeps telling.
+            batch = [entry for entry in entries if self._tries.get(entry.number, 0) < MAX_TRIES]
+            if not await self._replay_together(batch):
+                for entry in batch:
+                    done += await self._replay_one(entry)
+            else:
+                done += len(batch)
             if len(entries) < BATCH:
                 break
+            after = entries[-1].number
         await asyncio.to_thread(self._count)
         return done > 0 and self.depth > len([n for n in self._tries.values() if n >= MAX_TRIES])
+
+    async def _replay_together(self, batch: list[Entry]) -> bool:
+        """Store many bodies as one; False when one of them stands in the way, so that they are tried one by one."""
+        contexts: dict[str, SessionContext] = {}
+        found: list[Converted] = []
+        try:
+            for entry in batch:
+                if entry.key not in contexts:
+                    tenant_id, _, session_id = entry.key.partition("/")
+                    contexts[entry.key] = await self.context(int(tenant_id), int(session_id))
+                found.append(convert(self._registry, contexts[entry.key], orjson.loads(entry.payload)))
+            stored = await self.store(
+                Converted(
+                    tuple(message for one in found for message in one.messages),
+                    tuple(update for one in found for update in one.updates),
+                ),
+                within=REPLAY_SECONDS,
+            )
+        except Exception as error:
+            if is_transient(error):
+                raise
+            return False
+        await self._let_go(batch)
+        duplicates = sum(one.duplicate for one in stored)
+        if batch:
+            log.info(
+                "spool.replayed", count=len(batch), result=len(stored) - duplicates, duplicates=duplicates
+            )
+        return True
 
     async def _replay_one(self, entry: Entry) -> bool:
         tenant_id, _, session_id = entry.key.partition("/")
@@ -173,7 +217,7 @@ class WebhookSpool:
         try:
             context = await self.context(int(tenant_id), int(session_id))
             converted = convert(self._registry, context, orjson.loads(entry.payload))
-            stored = await self.store(converted)
+            stored = await self.store(converted, within=REPLAY_SECONDS)
         except NotFound:
             log.error(
                 "spool.dropped", **ids, result="no such session", action="nothing can store these messages"
@@ -189,11 +233,16 @@ class WebhookSpool:
         else:
             duplicates = sum(one.duplicate for one in stored)
             log.info("spool.replayed", **ids, result=len(stored) - duplicates, duplicates=duplicates)
-        await asyncio.to_thread(self._journal.release, [entry.number])
-        self._tries.pop(entry.number, None)
-        self._forget(entry.key)
-        self._gauge()
+        await self._let_go([entry])
         return True
+
+    async def _let_go(self, entries: list[Entry]) -> None:
+        """They are committed."""
+        await asyncio.to_thread(self._journal.release, [entry.number for entry in entries])
+        for entry in entries:
+            self._tries.pop(entry.number, None)
+            self._forget(entry.key)
+        self._gauge()
 
     def _count(self) -> None:
         """What waits, read from the disk: the truth after a start, and after any doubt."""

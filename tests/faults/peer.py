@@ -69,6 +69,7 @@ class Peer:
         self._gone_out: dict[tuple[int, int], str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls: Counter[str] = Counter()
+        self._quiet = asyncio.Event()
 
     async def serve(self) -> None:
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=wire.LIMIT)
@@ -102,6 +103,8 @@ class Peer:
                 session.fresh.set()
             case "traffic":
                 self._spawn(self._traffic(order))
+            case "hush":
+                self._quiet.set()
             case "status":
                 waiting = sum(len(s.waiting) for s in self._sessions.values())
                 return {"waiting": waiting, "busy": len(self._tasks), "calls": dict(self._calls)}
@@ -113,7 +116,10 @@ class Peer:
         places: Counter[tuple[int, int]] = Counter()
         sessions: list[int] = order["sessions"]
         began = time.monotonic()
-        for n in range(order["count"]):
+        self._quiet.clear()
+        for n in itertools.count():
+            if self._quiet.is_set():
+                return
             due = began + n / order["rate"]
             if due > time.monotonic():
                 await asyncio.sleep(due - time.monotonic())
@@ -268,9 +274,13 @@ class PeerProcess:
         """Messages as `{"id", "sender", "place"}`."""
         await self._order("offer", session=session, items=items)
 
-    async def traffic(self, sessions: list[int], *, count: int, rate: float, senders: int, seed: str) -> None:
-        """Start `count` messages at `rate` a second in all, of so many senders in each session."""
-        await self._order("traffic", sessions=sessions, count=count, rate=rate, senders=senders, seed=seed)
+    async def traffic(self, sessions: list[int], *, rate: float, senders: int, seed: str) -> None:
+        """From now on `rate` messages a second in all, of so many senders in each session, until `hush`."""
+        await self._order("traffic", sessions=sessions, rate=rate, senders=senders, seed=seed)
+
+    async def hush(self) -> None:
+        """No new messages; those not acknowledged are still offered."""
+        await self._order("hush")
 
     async def waiting(self) -> int:
         """Messages not acknowledged, or not offered yet."""

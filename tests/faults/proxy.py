@@ -136,6 +136,11 @@ class Proxy:
         for event in self._flow.values():
             event.set()
 
+    def break_off(self) -> None:
+        """Reset everything, and heal: what was held back never arrives."""
+        self.cut()
+        self.heal()
+
     # ---- forwarding ----
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

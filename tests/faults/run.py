@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -27,12 +28,15 @@ PROMISES = {
     "p2": "tests.faults.promises.p2",
     "p3": "tests.faults.promises.p3",
     "p4": "tests.faults.promises.p4",
+    "p4-whatsapp": "tests.faults.whatsapp.p4",
     "p5": "tests.faults.promises.p5",
     "p6": "tests.faults.promises.p6",
     "p7": "tests.faults.promises.p7",
     "p8": "tests.faults.promises.p8",
+    "p8-whatsapp": "tests.faults.whatsapp.p8",
     "p9": "tests.faults.whatsapp.p9",
     "p14": "tests.faults.whatsapp.p14",
+    "soak": "tests.faults.whatsapp.p14",
 }
 """Name on the command line → module."""
 
@@ -63,6 +67,10 @@ class Plan:
     def seconds(self, short: float, long: float) -> float:
         """How long: as asked for, else by the form."""
         return self.minutes * 60 if self.minutes is not None else short if self.short else long
+
+    def within(self, folder: Path) -> Plan:
+        """The same plan for a world beside another one."""
+        return replace(self, folder=folder)
 
     def report(self, promise: str) -> Report:
         return Report(promise, self.seed)
@@ -110,8 +118,10 @@ def main(
     for name in promises:
         click.echo(f"{name}: seed={seed}", err=True)
         with tempfile.TemporaryDirectory(prefix="cgfaults-") as made:
-            folder = (keep / name if keep else Path(made)).resolve()
-            folder.mkdir(parents=True, exist_ok=True)
+            # Ledgers are appended to: each run has a folder that nobody had before.
+            stamp = f"{name}-{seed}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+            folder = (keep / stamp if keep else Path(made)).resolve()
+            folder.mkdir(parents=True, exist_ok=not keep)
             report = run_blocking(name, Plan(seed, folder, minutes, kills, short))
             (folder / "report.json").write_bytes(
                 orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS)

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +111,7 @@ class World:
         self._quick = plan.short if quick is None else quick
         self._environ = environ
         self._stack = AsyncExitStack()
-        self._db: asyncpg.Connection[Any] | None = None
+        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
 
     async def __aenter__(self) -> World:
         try:
@@ -137,8 +137,8 @@ class World:
                     node.wake()
             await node.kill()
             (self.plan.folder / f"{node.name}.log").write_text(node.tail(20_000))
-        if self._db is not None:
-            self._db.terminate()
+        if self._pool is not None:
+            self._pool.terminate()
         await self._stack.aclose()
 
     # ---- gateways ----
@@ -227,17 +227,26 @@ class World:
     # ---- looking ----
 
     @contextlib.asynccontextmanager
-    async def looking(self) -> Any:
-        """A superuser's connection that is made anew when the server was killed under it."""
-        if self._db is None or self._db.is_closed():
-            self._db = await asyncpg.connect(
-                self.server.superuser_url(self.url), timeout=20, command_timeout=60
+    async def looking(self) -> AsyncIterator[Any]:
+        """A superuser's connection, past every proxy. Raises one of LOST when the server is away."""
+        if self._pool is None:
+            self._pool = await asyncpg.create_pool(
+                self.server.superuser_url(self.url), min_size=0, max_size=6, timeout=20, command_timeout=60
             )
+        async with asyncio.timeout(90), self._pool.acquire() as conn:
+            yield conn
+
+    @contextlib.asynccontextmanager
+    async def meanwhile(self, work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+        """Something that goes on beside the block until its end. It must not have ended by itself."""
+        task = asyncio.create_task(work)
         try:
-            yield self._db
-        except LOST:
-            self._db.terminate()
-            raise
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task], timeout=30)
+        if not task.cancelled():
+            task.result()
 
     async def value(self, sql: str, *args: Any) -> Any:
         async with self.looking() as db:

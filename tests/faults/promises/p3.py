@@ -33,18 +33,18 @@ POINTS = (
 async def run(plan: Plan, **server: Any) -> Report:
     report = plan.report("P3")
     kills = plan.times(3, 60)
-    rate = 100.0
-    count = int(rate * plan.seconds(4.0, kills * 4.0))
+    rate = 60.0 if plan.short else 100.0
     async with World(plan, quick=True, **server) as world:
         shops = await world.shops("scripted", "journaled", "scripted", "whatsapp")
         await world.want(shops[:3])
         node = await world.node()
-        await world.peer.traffic(
-            [shop.session for shop in shops[:3]], count=count, rate=rate, senders=SENDERS, seed=f"{plan.seed}"
-        )
-        async with PosterProcess(plan.folder, "poster", webhooks(plan, node, shops[3], count // 3)) as poster:
+        live = [shop.session for shop in shops[:3]]
+        await world.peer.traffic(live, rate=rate, senders=SENDERS, seed=f"{plan.seed}")
+        job = webhooks(plan, node, shops[3], kills * 60)
+        async with PosterProcess(plan.folder, "poster", job) as poster:
             died = await kill_again_and_again(node, plan.rng("kills"), kills)
             report.figures["kills"] = {"planned": kills, "at a fault point": died}
+            await world.peer.hush()
             report.figures["seconds until everything was acknowledged"] = round(await world.taken_in(120), 1)
             await poster.finished(120)
             await drained(world, shops[1])
@@ -56,7 +56,7 @@ async def run(plan: Plan, **server: Any) -> Report:
     return report
 
 
-def webhooks(plan: Plan, node: Node, shop: Shop, count: int) -> Job:
+def webhooks(plan: Plan, node: Node, shop: Shop, count: int, *, every: float = 0.03) -> Job:
     chance = plan.rng("webhooks")
     address = f"http://127.0.0.1:{node.environ['PORT']}/webhook/{shop.tenant}/{shop.session}"
     places: dict[int, int] = {}
@@ -66,7 +66,7 @@ def webhooks(plan: Plan, node: Node, shop: Shop, count: int) -> Job:
         place = places[sender] = places.get(sender, 0) + 1
         item = f"{shop.session}.{sender}.{place}"
         posts.append(
-            Post(item, f"{sender}", baileys(item, f"6011{3_000_000 + sender}", f"{place}"), at=n * 0.03)
+            Post(item, f"{sender}", baileys(item, f"6011{3_000_000 + sender}", f"{place}"), at=n * every)
         )
     return Job([address], ADMIN_KEY, posts, seed=f"{plan.seed}", patience=1200, timeout=10)
 

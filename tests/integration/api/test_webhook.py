@@ -6,13 +6,16 @@ import asyncio
 import hashlib
 import hmac
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core import faults
+from core.channel import InboundMessage, Stored
 from core.database import Database
+from core.ingest import Ingest
 from core.store import credentials
 from tests.conftest import migrate_blocking
 from tests.support.api import Api, Tenant, baileys, running_api
@@ -145,6 +148,48 @@ async def test_what_was_spooled_before_a_restart_is_stored_after_it(
         assert [row["content"] for row in await fetch(database, "SELECT content FROM et_messages")] == [
             "late"
         ]
+
+
+async def test_what_was_stored_from_the_spool_is_there_for_a_database_that_was_set_back(
+    database: Database, tmp_path: Path
+) -> None:
+    async with running_api(database, tmp_path) as api:
+        shop = await api.tenant()
+        key = f"{shop.id}/{shop.session_id}"
+        bodies = [json.dumps(baileys(f"{n}", message_id=f"M{n}")).encode() for n in range(2)]
+        await asyncio.to_thread(api.journal.append_many, [("webhook", key, body) for body in bodies])
+    async with running_api(database, tmp_path) as api:
+        await eventually(_always(lambda: api.services.spool.depth == 0))
+        await fetch(database, "DELETE FROM et_messages WHERE channel_message_id = 'M1'")
+    async with running_api(database, tmp_path) as api:
+        await eventually(_always(lambda: api.services.spool.depth == 0))
+        stored = await fetch(database, "SELECT content FROM et_messages ORDER BY id")
+        assert [row["content"] for row in stored] == ["0", "1"]
+
+
+async def test_the_spool_is_emptied_by_many_at_once(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New bodies queue up behind the spooled ones: one at a time, a busy sender would never get past them."""
+    sizes: list[int] = []
+    submit = Ingest.submit
+
+    async def counting(self: Ingest, messages: Sequence[InboundMessage]) -> list[Stored]:
+        sizes.append(len(messages))
+        return await submit(self, messages)
+
+    monkeypatch.setattr(Ingest, "submit", counting)
+    async with running_api(database, tmp_path) as api:
+        shop = await api.tenant()
+        key = f"{shop.id}/{shop.session_id}"
+        bodies = [json.dumps(baileys(f"{n}", message_id=f"M{n}")).encode() for n in range(150)]
+        bodies.insert(40, b'{"key":{}}')  # nothing can be made of this one, and it holds up nobody
+        await asyncio.to_thread(api.journal.append_many, [("webhook", key, body) for body in bodies])
+    async with running_api(database, tmp_path) as api:
+        await eventually(_always(lambda: api.services.spool.depth == 0))
+        rows = await fetch(database, "SELECT content FROM et_messages ORDER BY id")
+    assert [row["content"] for row in rows] == [f"{n}" for n in range(150)]
+    assert len(sizes) < 10
 
 
 async def test_what_can_be_neither_stored_nor_spooled_is_503_and_health_says_so(
