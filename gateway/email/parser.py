@@ -46,6 +46,17 @@ class MailParser:
         self._worker: _Worker | None = None
         self._turn = asyncio.Lock()
         self._end: asyncio.TimerHandle | None = None
+        self._holders = 0
+
+    def hold(self) -> None:
+        """Somebody may need it."""
+        self._holders += 1
+
+    def let_go(self) -> None:
+        """Nobody left: the process ends now."""
+        self._holders -= 1
+        if self._holders <= 0:
+            self._kill()
 
     async def parse(self, raw: bytes) -> dict[str, Any]:
         """Raises Unreadable."""

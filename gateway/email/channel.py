@@ -1,0 +1,549 @@
+"""One email session: folders read over IMAP, mail sent over SMTP, and what a contract of channels asks for around that.
+
+Heals by itself. Everything that must survive is in the database or the mailbox: any gateway may take the session over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import ssl
+from collections.abc import AsyncIterator, Coroutine
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from core import log
+from core.channel import (
+    Attempt,
+    Channel,
+    Cursor,
+    History,
+    InboundMessage,
+    MediaSource,
+    MediaTarget,
+    NotSent,
+    OutboundMessage,
+    Quoted,
+    SessionContext,
+    SessionState,
+    SessionStatus,
+    Sink,
+    StoredMedia,
+    Unknown,
+)
+from core.channel import (
+    Sent as SentAs,
+)
+from core.errors import (
+    Conflict,
+    DatabaseUnavailable,
+    GatewayError,
+    NotSentError,
+    RefusedError,
+    ThrottledError,
+)
+from core.history import Interrupted
+from core.metrics import Metrics
+from core.sinks import ConversationSink, HistorySink
+from gateway.email import settings as reading
+from gateway.email.compose import Mail, compose
+from gateway.email.ids import MessageIds
+from gateway.email.imap import Imap, ImapLost, ImapRefused
+from gateway.email.intake import Intake
+from gateway.email.oauth import Tokens
+from gateway.email.parser import MailParser, Unreadable
+from gateway.email.problems import Problem
+from gateway.email.raws import Raws
+from gateway.email.reader import Reader, pause
+from gateway.email.sent import Sent
+from gateway.email.settings import Credentials
+from gateway.email.smtp import Smtp
+from gateway.email.standing import SMTP, Standing
+from gateway.email.timings import Timings
+
+logger = log.get(part="email")
+
+KEY_CURSOR = "email:ids"
+HISTORY_CURSOR = "email:history"
+DEFAULT_HISTORY_DAYS = 30
+SWEEP_SECONDS = 3600.0
+CHUNK = 1 << 18
+_SAVES_ITSELF = ("gmail.com", "googlemail.com", "google.com", "outlook.com", "office365.com", "hotmail.com")
+
+
+def tls_context(ca: str | None) -> ssl.SSLContext:
+    """Verified, always; against `ca` alone when that is given."""
+    context = ssl.create_default_context(cadata=ca)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+class EmailChannel:
+    """Create it anywhere; connect it on the main thread's loop (the worker process is spawned there)."""
+
+    def __init__(
+        self,
+        context: SessionContext,
+        sink: Sink,
+        *,
+        parser: MailParser,
+        metrics: Metrics,
+        timings: Timings | None = None,
+    ) -> None:
+        self._context, self._sink, self._metrics = context, sink, metrics
+        self._parser = parser
+        self._timings = timings or Timings()
+        self._settings = reading.read(context.metadata)
+        self._raws = Raws(context.folder)
+        needed = (*self._settings.folders[:1], SMTP)
+        self._standing = Standing(needed, context.identifier, self._publish)
+        self._states: asyncio.Queue[SessionState] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._changing = asyncio.Lock()
+        self._smtp_failed = asyncio.Event()
+        self._sending: dict[tuple[int, int], asyncio.Task[SentAs]] = {}
+        self._history: asyncio.Task[bool] | None = None
+        self._live: _Live | None = None
+
+    # ---- life
+
+    @property
+    def state(self) -> SessionState:
+        return self._standing.state
+
+    @property
+    def healthy(self) -> bool:
+        """False when a background part has died, which would be a bug: the session is then made anew."""
+        return not any(task.done() for task in self._tasks)
+
+    async def connect(self) -> None:
+        async with self._changing:
+            if self._tasks:
+                return
+            self._parser.hold()
+            try:
+                credentials = reading.read_credentials(self._context.credentials)
+                self._live = _Live(self, credentials)
+            except GatewayError as error:
+                self._parser.let_go()
+                self._standing.tell(SMTP, _bad_credentials(error))
+                await self._sink.state(self._standing.state)
+                return
+            self._standing.starting()
+            self._start("states", self._tell_states())
+            self._start("life", self._live.run())
+            self._start("smtp", self._watch_smtp(self._live))
+            self._start("sweep", self._sweep())
+
+    async def disconnect(self) -> None:
+        async with self._changing:
+            tasks: list[asyncio.Task[Any]] = [*self._tasks]
+            self._tasks = []
+            live, self._live = self._live, None
+            if self._history is not None:
+                tasks.append(self._history)
+                self._history = None
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks, timeout=self._timings.stop)
+            if live is not None:
+                await self._let_sends_end()
+                await live.close()
+                self._parser.let_go()
+            self._standing.stopped()
+
+    async def logout(self) -> None:
+        """Mail servers know no linked devices: stop. The credentials are forgotten by whoever called."""
+        await self.disconnect()
+        self._standing.state = SessionState(
+            SessionStatus.LOGGED_OUT, "logged_out", identifier=self._context.identifier
+        )
+
+    async def _let_sends_end(self) -> None:
+        """A mail in the middle of its transfer gets a moment: cut off, nobody would know what became of it."""
+        if self._sending:
+            await asyncio.wait(set(self._sending.values()), timeout=self._timings.stop)
+        for task in self._sending.values():
+            task.cancel()
+
+    def _start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=f"email.{self._context.session_id}.{name}")
+        task.add_done_callback(self._ended)
+        self._tasks.append(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("email.task_died", action=task.get_name(), error=repr(error), exc_info=error)
+
+    # ---- states
+
+    def _publish(self, state: SessionState) -> None:
+        self._states.put_nowait(state)
+
+    async def _tell_states(self) -> None:
+        while True:
+            state = await self._states.get()
+            if state == self._standing.state:  # of several only the newest counts
+                await self._sink.state(state)
+
+    def tell(self, part: str, problem: Problem | None) -> None:
+        if problem is not None:
+            self._metrics.reconnects.labels("email").inc()
+        self._standing.tell(part, problem)
+
+    async def _watch_smtp(self, live: _Live) -> None:
+        """Finds out whether mail can go out: at the start, and after each failure until it can."""
+        delay = self._timings.backoff_first
+        while True:
+            self._smtp_failed.clear()
+            try:
+                await live.smtp.probe()
+            except Problem as problem:
+                self.tell(SMTP, problem)
+                await asyncio.sleep(pause(problem, delay, self._timings))
+                delay = min(delay * 2, self._timings.backoff_most)
+                continue
+            delay = self._timings.backoff_first
+            self._standing.tell(SMTP, None)
+            await self._smtp_failed.wait()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.to_thread(self._raws.sweep)
+            await asyncio.sleep(SWEEP_SECONDS)
+
+    # ---- sending
+
+    async def send(self, message: OutboundMessage) -> SentAs:
+        """As `core.channel.Channel.send`. What was begun goes on when the caller gives up: `resolve` then knows its end."""
+        live = self._live
+        if live is None:
+            raise ThrottledError("the session is not connected", retry_after=1.0, code="session_not_ready")
+        mail = await self._compose(live, message)
+        attempt = message.attempt
+        key = (int(attempt.queue_id), attempt.claim_epoch)
+        task = asyncio.create_task(self._hand_over(live, mail), name=f"email.send.{attempt.queue_id}")
+        self._sending[key] = task
+        task.add_done_callback(lambda done: self._send_ended(key, done))
+        return await asyncio.shield(task)
+
+    async def _compose(self, live: _Live, message: OutboundMessage) -> Mail:
+        """Nothing has been sent while this fails."""
+        ids = await live.message_ids()
+        file = None
+        if message.media is not None:
+            try:
+                file = await asyncio.to_thread(message.media.path.read_bytes)
+            except OSError as error:
+                raise NotSentError(
+                    f"the file to send cannot be read ({error.strerror})", code="media_not_ready"
+                ) from error
+        answered = message.quoted or await self._last_said(message)
+        return await asyncio.to_thread(
+            compose,
+            message,
+            own=live.own,
+            name=self._context.name,
+            message_id=ids.of(message.attempt.queue_id),
+            now=datetime.now(UTC),
+            settings=self._settings,
+            answered=answered,
+            file=file,
+        )
+
+    async def _last_said(self, message: OutboundMessage) -> Quoted | None:
+        if not isinstance(self._sink, ConversationSink):
+            return None
+        try:
+            return await self._sink.last_said(message.attempt.message_id)
+        except DatabaseUnavailable as error:
+            raise NotSentError(
+                "the database is away: what this mail answers is not known", code="database_unavailable"
+            ) from error
+
+    async def _hand_over(self, live: _Live, mail: Mail) -> SentAs:
+        try:
+            await live.smtp.send(live.own, mail.recipients, mail.raw, mail.message_id)
+        except Problem as problem:
+            # No connection or no log-in: the session waits, not the message's attempts.
+            self.tell(SMTP, problem)
+            self._smtp_failed.set()
+            raise ThrottledError(problem.detail, retry_after=1.0, code=problem.code) from None
+        if live.saves_copies:
+            live.sent.keep(mail.raw)
+        return SentAs(mail.message_id, datetime.now(UTC))
+
+    def _send_ended(self, key: tuple[int, int], task: asyncio.Task[SentAs]) -> None:
+        self._sending.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # looked at, also when nobody waits for it any more
+
+    async def resolve(self, attempt: Attempt) -> SentAs | NotSent | Unknown:
+        """Found among the sent mail: sent. Not found proves nothing."""
+        live = self._live
+        if (int(attempt.queue_id), attempt.claim_epoch) in self._sending:
+            return Unknown("still_sending", attempt.channel_message_id)
+        if live is None:
+            raise NotSentError("the session is not connected", code="session_not_ready")
+        ids = await live.message_ids()
+        for message_id in dict.fromkeys(filter(None, (attempt.channel_message_id, ids.of(attempt.queue_id)))):
+            try:
+                found = await live.sent.find(message_id)
+            except (ImapLost, ImapRefused, Problem) as error:
+                raise NotSentError(
+                    f"the mailbox cannot be asked now ({error})", code="mailbox_away"
+                ) from None
+            if found is not None:
+                return SentAs(message_id, found)
+        return Unknown("not_in_sent", ids.of(attempt.queue_id))
+
+    # ---- files
+
+    async def download(self, message: StoredMedia, target: MediaTarget) -> None:
+        """From the original on our disk, else from the mailbox."""
+        number = message.raw_payload.get("attachment")
+        live = self._live
+        if not isinstance(number, int):
+            raise RefusedError("this message has no file", code="media_gone")
+        if live is None:
+            raise NotSentError("the session is not connected", code="session_not_ready")
+        mail = str(message.raw_payload.get("part_of") or message.channel_message_id)
+        raw = await asyncio.to_thread(self._raws.find, mail, number)
+        if raw is None:
+            raw = await live.original(message)
+        try:
+            data = await self._parser.attachment(raw, number)
+        except Unreadable as error:
+            raise RefusedError(
+                f"the file cannot be taken out of its mail ({error})", code="media_gone"
+            ) from None
+        if target.offset:
+            await target.restart()
+        for start in range(0, len(data), CHUNK):
+            await target.write(data[start : start + CHUNK])
+        await asyncio.to_thread(self._raws.used, mail, number)
+
+    # ---- history
+
+    async def sync_history(self) -> int:
+        """Bring in the mail of the last days (`settings.history_days`, else thirty) as history."""
+        live = self._live
+        if live is None or not isinstance(self._sink, HistorySink):
+            raise Conflict("the session is not connected", action="Connect it first.")
+        if self._history is None or self._history.done():
+            days = self._settings.history_days or DEFAULT_HISTORY_DAYS
+            self._history = asyncio.create_task(
+                live.bring_history(self._sink, days), name=f"email.{self._context.session_id}.history"
+            )
+            self._history.add_done_callback(self._ended)
+        return len(live.readers)
+
+
+class _Live:
+    """What exists while a session is connected: its parts, made from credentials that were read."""
+
+    def __init__(self, channel: EmailChannel, credentials: Credentials) -> None:
+        self._channel = channel
+        self._context, self._sink = channel._context, channel._sink
+        self._timings, self._settings = channel._timings, channel._settings
+        self._credentials = credentials
+        self.own = credentials.own
+        self._tls = tls_context(credentials.ca)
+        self._tokens = Tokens(credentials.oauth, self._tls) if credentials.oauth else None
+        self.smtp = Smtp(credentials, self._tls, self._timings, self._tokens)
+        settings = self._settings
+        self.sent = Sent(
+            self.open,
+            self._timings,
+            folder=settings.sent_folder,
+            folders=settings.folders,
+            session_id=int(self._context.session_id),
+        )
+        itself = credentials.smtp.host.endswith(_SAVES_ITSELF)
+        self.saves_copies = settings.save_sent if settings.save_sent is not None else not itself
+        self.readers: list[Reader] = []
+        self._ids: MessageIds | None = None
+        self._known = asyncio.Lock()
+        self._intake: Intake | None = None
+
+    async def open(self) -> Imap:
+        return await Imap.open(self._credentials, self._tls, self._timings, self._tokens)
+
+    async def run(self) -> None:
+        intake = await self._made_intake()
+        self.readers = [self._reader(name, intake, sent=False) for name in self._settings.folders]
+        async with asyncio.TaskGroup() as group:
+            for reader in self.readers:
+                group.create_task(reader.run())
+            if self._settings.watch_sent:
+                group.create_task(self._watch_sent(intake))
+            group.create_task(self._first_history(intake))
+
+    def _reader(self, name: str, intake: Intake, *, sent: bool) -> Reader:
+        def tell(problem: Problem | None) -> None:
+            self._channel.tell(name, problem)
+
+        return Reader(
+            name,
+            open_=self.open,
+            intake=intake,
+            tell=tell if not sent else lambda _: None,
+            timings=self._timings,
+            most_bytes=self._settings.max_mail_bytes,
+            sent=sent,
+        )
+
+    async def _watch_sent(self, intake: Intake) -> None:
+        """The folder's name is only known once somebody has asked the server."""
+        while True:
+            name = None
+            try:
+                connection = await self.open()
+                try:
+                    name = await self.sent.name(connection)
+                finally:
+                    await connection.close()
+            except (Problem, ImapLost, ImapRefused):
+                pass
+            if name is not None and name not in self._settings.folders:
+                reader = self._reader(name, intake, sent=True)
+                self.readers.append(reader)
+                await reader.run()
+            await asyncio.sleep(self._timings.probe)
+
+    async def _made_intake(self) -> Intake:
+        if self._intake is None:
+            self._intake = Intake(
+                self._context,
+                self._sink,
+                self._channel._parser,
+                self._channel._raws,
+                self._timings,
+                own=self.own,
+                ids=await self.message_ids(),
+            )
+        return self._intake
+
+    async def message_ids(self) -> MessageIds:
+        """Made with the session's key, which is made at its first start and kept beside the cursors."""
+        async with self._known:
+            if self._ids is None:
+                self._ids = MessageIds(await self._key(), self.own)
+            return self._ids
+
+    async def _key(self) -> bytes:
+        blank = MessageIds(b"", self.own)
+        intake = Intake(
+            self._context,
+            self._sink,
+            self._channel._parser,
+            self._channel._raws,
+            self._timings,
+            own=self.own,
+            ids=blank,
+        )
+        cursor = (await intake.cursors()).get(KEY_CURSOR)
+        stored = cursor.value.get("key") if cursor is not None else None
+        if isinstance(stored, str) and len(stored) == 64:
+            return bytes.fromhex(stored)
+        key = secrets.token_bytes(32)
+        await intake.advance(Cursor(KEY_CURSOR, {"key": key.hex()}))
+        return key
+
+    # ---- history
+
+    async def _first_history(self, intake: Intake) -> None:
+        """The span that was asked for, once; a start that broke off in the middle begins it again."""
+        days, sink = self._settings.history_days, self._sink
+        cursor = (await intake.cursors()).get(HISTORY_CURSOR)
+        if not days or not isinstance(sink, HistorySink) or (cursor is not None and cursor.value.get("done")):
+            return
+        if await self.bring_history(sink, days):
+            await intake.advance(Cursor(HISTORY_CURSOR, {"done": True, "days": days}))
+
+    async def bring_history(self, sink: HistorySink, days: int) -> bool:
+        end = datetime.now(UTC)
+        start = end - timedelta(days=days)
+        delay = self._timings.backoff_first
+        for _ in range(5):
+            try:
+                counts = await sink.history(self._past(start, end), lambda _: None, kind="span")
+            except (Interrupted, DatabaseUnavailable) as error:
+                logger.warning(
+                    "mail.history_broke_off", session_id=self._context.session_id, error=error.detail
+                )
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, self._timings.backoff_most)
+                continue
+            logger.info(
+                "mail.history", session_id=self._context.session_id, count=counts.stored,
+                duplicates=counts.duplicates,
+            )  # fmt: skip
+            return True
+        return False
+
+    async def _past(self, start: datetime, end: datetime) -> AsyncIterator[InboundMessage]:
+        readers = self.readers or [
+            self._reader(name, await self._made_intake(), sent=False) for name in self._settings.folders
+        ]
+        for reader in list(readers):
+            try:
+                async for message in reader.past(start, end):
+                    yield message
+            except (Problem, ImapLost) as error:
+                raise Interrupted(f"the mail server broke off ({error})") from error
+            except ImapRefused as error:
+                logger.warning("mail.history_refused", folder=reader.folder, error=str(error))
+
+    # ---- files
+
+    async def original(self, message: StoredMedia) -> bytes:
+        """The mail a file belongs to, from the mailbox: by its place, else by its Message-ID."""
+        place = message.raw_payload.get("imap")
+        if not isinstance(place, dict):
+            raise RefusedError("nothing says where this mail lies", code="media_gone")
+        try:
+            connection = await self.open()
+            try:
+                return await self._fetched(connection, place, message.raw_payload.get("message_id"))
+            finally:
+                await connection.close()
+        except (Problem, ImapLost, ImapRefused) as error:
+            raise NotSentError(f"the mailbox cannot be asked now ({error})", code="mailbox_away") from None
+
+    async def _fetched(self, connection: Imap, place: dict[str, Any], message_id: object) -> bytes:
+        folder = await connection.select(str(place.get("folder") or "INBOX"))
+        uid = place.get("uid")
+        uids = [uid] if isinstance(uid, int) and place.get("uidvalidity") == folder.uidvalidity else []
+        for wanted in (uids, await connection.find(message_id) if isinstance(message_id, str) else []):
+            for item in await connection.items(wanted[:1], bodies=True) if wanted else []:
+                if item.body is not None:
+                    return item.body
+        raise RefusedError(
+            "the mail was deleted in the mailbox before its file was fetched", code="media_gone"
+        )
+
+    async def close(self) -> None:
+        await self.sent.close()
+        await self.smtp.close()
+
+
+def _bad_credentials(error: GatewayError) -> Problem:
+    return Problem(
+        "credentials_invalid",
+        error.detail,
+        f"Enter the log-in of this mailbox again: {error.detail}.",
+        lasting=True,
+    )
+
+
+def _check_types(context: SessionContext, sink: Sink, parser: MailParser, metrics: Metrics) -> None:
+    """Keeps the contract honest under mypy; never called."""
+    channel = EmailChannel(context, sink, parser=parser, metrics=metrics)
+    _: Channel = channel
+    _source: MediaSource = channel
+    _history: History = channel
+
+
+__all__ = ["EmailChannel", "tls_context"]

@@ -1,0 +1,1 @@
+"""Mail on loopback: an SMTP and an IMAP server in one process, with people who write and faults on demand."""
