@@ -24,6 +24,7 @@ _ALLOWED = {
     "INBOUND_POLL_SECONDS": "a number from 0.05 to 3600",
     "OUTBOUND_MAX_ATTEMPTS": "a whole number from 1 to 20",
     "IMPORT_MAX_BYTES": "a number of bytes from 1048576 (1 MiB) to 1099511627776 (1 TiB)",
+    "TELEGRAM_BASE_URL": "https:// or http:// and the host of a Bot API server, like https://api.telegram.org",
     "LLM_PROVIDER": "openai, anthropic or another provider's name; unset: the rules decider",
 }
 
@@ -46,6 +47,8 @@ class Settings(BaseSettings):
     outbound_max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     import_max_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 40)] = 2 << 30
     """Of one bulk import over HTTP."""
+    telegram_base_url: str = "https://api.telegram.org"
+    """Of the Bot API: Telegram's own, a server of one's own, or the sandbox. Never a tenant's to choose."""
     llm_provider: str | None = None
     llm_model: str | None = None
     llm_base_url: str | None = None
@@ -57,6 +60,13 @@ class Settings(BaseSettings):
         if value and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
             raise ValueError("not a PostgreSQL URL")
         return value
+
+    @field_validator("telegram_base_url")
+    @classmethod
+    def _web_address(cls, value: str) -> str:
+        if not value.startswith(("https://", "http://")) or any(c.isspace() or c in "?#@" for c in value):
+            raise ValueError("not a web address")
+        return value.rstrip("/")
 
     @field_validator("whatsapp_client_command", mode="before")
     @classmethod

@@ -39,6 +39,7 @@ from gateway.api.problems import Problem
 from gateway.api.routing import KEYS
 from gateway.media import MediaStore, MediaWorker, OutgoingMedia
 from gateway.sessions import SessionManager
+from gateway.telegram import kind as telegram
 from gateway.whatsapp.channel import WhatsAppChannel
 from gateway.whatsapp.convert import convert_webhook
 from gateway.whatsapp.settings import check as check_whatsapp_settings
@@ -59,7 +60,8 @@ def registry(settings: Settings, metrics: Metrics) -> dict[str, ChannelKind]:
     return {
         "whatsapp": ChannelKind(
             "whatsapp", whatsapp, webhook=convert_webhook, settings=check_whatsapp_settings
-        )
+        ),
+        "telegram": telegram(settings),
     }
 
 
@@ -174,7 +176,8 @@ class Gateway:
             app,
             db=self.database,
             authenticate=_key_checker(app),
-            channels=[n for n, k in kinds.items() if k.factory],
+            kinds={name: kind for name, kind in kinds.items() if kind.factory},
+            keys=keys,
             media=media,
         )
         await self._listen(app)
