@@ -176,8 +176,7 @@ class Gateway:
             app,
             db=self.database,
             authenticate=_key_checker(app),
-            kinds={name: kind for name, kind in kinds.items() if kind.factory},
-            keys=keys,
+            channels=[n for n, k in kinds.items() if k.factory],
             media=media,
         )
         await self._listen(app)
