@@ -17,6 +17,7 @@ import orjson
 import pytest
 from PIL import Image
 
+from core import log_in
 from core.channel import (
     InboundMessage,
     MessageType,
@@ -101,17 +102,15 @@ class Contract:
 
     @needs(Can.CHECK)
     async def test_credentials_are_tried_on_the_spot_and_a_mistake_is_named(self, world: World) -> None:
-        check = world.kind.check_credentials
-        assert check is not None
         right = world.peer.log_in()
-        said = await check(dict(right.credentials), right.metadata)
+        said = await log_in.check(world.kind, dict(right.credentials), right.metadata)
         assert said.identifier == right.identifier
         assert world.kind.form, "the console cannot ask for them"
         wrong = world.peer.wrong_credentials()
         assert wrong
         for field, credentials in wrong.items():
             with pytest.raises(InvalidField) as refusal:
-                await check(dict(credentials), right.metadata)
+                await log_in.check(world.kind, dict(credentials), right.metadata)
             assert refusal.value.field == field
             assert len(refusal.value.reason) > 10
             assert not [secret for secret in world.peer.secrets() if secret in str(refusal.value)]
