@@ -70,6 +70,8 @@ from gateway.whatsapp.values import Json
 REPLAY_SECONDS = 5.0
 """How long a start waits for an earlier life's entries to be stored before it connects."""
 DRAIN_SECONDS = 2.0
+LOCK_LOOK = 0.1
+"""Between two looks at a folder that somebody else holds."""
 
 logger = log.get(part="whatsapp")
 
@@ -126,6 +128,7 @@ class WhatsAppChannel:
         self._gestures: set[asyncio.Task[Any]] = set()
         self._opening = threading.Lock()
         self._changing = asyncio.Lock()
+        self._resolving = asyncio.Lock()
 
     # ---- life ----
 
@@ -284,7 +287,17 @@ class WhatsAppChannel:
         working = self._inflight.get(key)
         if key in self._calls or (working is not None and working.alive):
             return Unknown("still_sending", attempt.channel_message_id)
-        return await asyncio.to_thread(self._look_alone, attempt)
+        deadline = time.monotonic() + self._timings.resolve
+        # One at a time: the lock that proves that nobody else sends would shut out the next question too.
+        async with self._resolving:
+            while True:
+                found = await asyncio.to_thread(self._look_alone, attempt)
+                if not isinstance(found, Unknown) or found.reason != "folder_taken":
+                    return found
+                # Mostly our own child, which has the lock and has not said so yet; or a dead gateway's that is ending.
+                if time.monotonic() >= deadline:
+                    return found
+                await asyncio.sleep(LOCK_LOOK)
 
     def _look_alone(self, attempt: Attempt) -> NotSent | Unknown:
         """Like `_look`, with the proof that no other process sends for this session. Blocking."""

@@ -15,6 +15,8 @@ class Timings:
     """Any command but a send."""
     send: float = 90.0
     """whatsmeow may wait without an end after a reconnect."""
+    resolve: float = 15.0
+    """A question about a send that was cut off waits this long for the session's folder."""
     upload: float = 60.0
     """A file on its way to WhatsApp's media server. Nothing has been sent meanwhile."""
     download: float = 590.0

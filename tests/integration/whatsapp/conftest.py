@@ -47,6 +47,7 @@ QUICK = Timings(
     store_retry_cap=0.2,
     gate_alarm=3.0,
     send=3.0,
+    resolve=0.5,
     link=2.0,
 )
 

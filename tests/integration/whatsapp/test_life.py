@@ -273,6 +273,14 @@ async def test_nothing_is_called_unsent_while_another_process_holds_the_folder(s
     assert await session.channel.resolve(session.attempt("whatsapp:+60111222333")) == NotSent()
 
 
+async def test_many_questions_at_once_about_a_dead_gateways_sends_are_all_answered(session: Session) -> None:
+    await session.channel.disconnect()
+    attempts = [session.attempt("whatsapp:+60111222333") for _ in range(8)]
+    lock = FolderLock(session.context.folder)  # as a child that is ending has it
+    asyncio.get_running_loop().call_later(0.2, lock.release)
+    assert await asyncio.gather(*map(session.channel.resolve, attempts)) == [NotSent()] * 8
+
+
 async def test_after_a_log_out_missing_secrets_prove_nothing(session: Session, mei: Phone) -> None:
     session.wa.fail_sends("swallow_ack", times=1)
     message = session.text("whatsapp:+60111222333", "before the log-out")
