@@ -10,7 +10,8 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -89,6 +90,8 @@ class OutboundWorker:
         self._poll = self._timings.poll if poll_seconds is None else poll_seconds
         self._windows = Windows()
         self._flights: dict[Key, Flight] = {}
+        self._committing: set[Key] = set()
+        """Claims whose commit is being answered."""
         self._doubtful: set[Key] = set()
         """Claims whose commit was not answered: if they are in force they were never called."""
         self._held: dict[SessionId, float] = {}
@@ -224,14 +227,25 @@ class OutboundWorker:
                     await _rollback(transaction)
                     raise
                 keys = {(row["id"], row["claim_epoch"]) for row in rows if row["stop"] is None}
-                # Until the commit is answered: whatever interrupts us, these were never called.
-                self._doubtful |= keys
-                await transaction.commit()
-                self._doubtful -= keys
-            faults.point("outbound.claim.after_commit")
-            for row in rows:
-                self._take_up(row, proofs.get(row["channel_session_id"], 0.0))
+                with self._deciding(keys):
+                    await transaction.commit()
+                    faults.point("outbound.claim.after_commit")
+                    for row in rows:
+                        self._take_up(row, proofs.get(row["channel_session_id"], 0.0))
             return rows
+
+    @contextmanager
+    def _deciding(self, keys: set[Key]) -> Iterator[None]:
+        """From the commit to the call these claims are in our hands, so that recovery leaves them alone although it may
+        see them committed before we do. Whatever interrupts that, they were never called."""
+        self._committing |= keys
+        try:
+            yield
+        except BaseException:
+            self._doubtful |= keys
+            raise
+        finally:
+            self._committing -= keys
 
     def _claimable(self, limit: int) -> tuple[list[Due], dict[SessionId, float]]:
         now = self._clock()
@@ -392,7 +406,7 @@ class OutboundWorker:
 
     def _is_ours(self, key: Key) -> bool | None:
         """True: a call or its outcome is in our hands. False: never called. None: not ours, as far as we know."""
-        if key in self._flights or self._marker.holds(key):
+        if key in self._flights or key in self._committing or self._marker.holds(key):
             return True
         return False if key in self._doubtful else None
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from asyncpg.transaction import Transaction
 
 from core import faults
 from core.database import Database
@@ -373,3 +374,21 @@ def _true(check: object) -> object:
         return bool(check())  # type: ignore[operator]
 
     return ask
+
+
+async def test_a_claim_that_is_committed_before_we_hear_of_it_is_called_once(
+    database: Database, platform: FakePlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recovery looks again and again while the answer to the commit is under way: the row is nobody's but ours."""
+    place = await make_place(database)
+    queue_id = await enqueue(database, place, "once")
+    commit = Transaction.commit
+
+    async def heard_late(self: Transaction) -> None:
+        await commit(self)
+        await asyncio.sleep(0.5)
+
+    monkeypatch.setattr(Transaction, "commit", heard_late)
+    async with running(database, FakeDispatcher(platform, [place.session_id])):
+        await reached(database, queue_id, "sent")
+    assert platform.texts == ["once"]
