@@ -46,6 +46,8 @@ log = logs.get(part="sessions")
 T = TypeVar("T")
 
 WRONG_NUMBER = "wrong_number"
+JOURNAL_FAILED = "journal_failed"
+"""A channel's reason for being disconnected: its journal takes nothing, so it acknowledges nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,11 @@ class SessionManager:
     def healthy(self) -> bool:
         """False when a task of the manager has died."""
         return bool(self._tasks) and not any(t.done() for t in self._tasks) and self.ownership.healthy
+
+    @property
+    def durable(self) -> bool:
+        """False while what comes in at a session of ours cannot be made durable."""
+        return not any(runner.state.reason == JOURNAL_FAILED for runner in self._runners.values())
 
     # --- what the outbound worker needs
 

@@ -111,7 +111,7 @@ async def health(call: Call[NoQuery, NoBody]) -> Reply:
     view = call.request.app[OVERVIEW]
     await view.look()
     workers = workers_of(services)
-    broken = not all(workers.values()) or not services.spool.writable
+    broken = not all(workers.values()) or not _durable(services)
     status: Literal["ok", "degraded", "error"] = "error" if broken else "ok" if view.reachable else "degraded"
     wanted = [row for row in view.rows if row["wanted"] == "connected"]
     platform: Literal["connected", "disconnected", "none"] = "none"
@@ -127,6 +127,11 @@ async def health(call: Call[NoQuery, NoBody]) -> Reply:
     if principal is not None:
         base |= await _details(services, view, workers, principal)
     return Reply(503 if broken else 200, Health(**base))
+
+
+def _durable(services: Services) -> bool:
+    """False when a message could not be made durable a moment ago: its sender was told so, and will bring it again."""
+    return services.spool.writable and (services.sessions is None or services.sessions.durable)
 
 
 async def _caller(call: Call[NoQuery, NoBody]) -> Principal | None:
@@ -160,6 +165,6 @@ async def _details(
             OwnedSession(**dict(row), here=row["session_id"] in owned) for row in seen[:SHOWN_SESSIONS]
         ],
         "workers": workers,
-        "journal": JournalState(spool=services.spool.depth, writable=services.spool.writable),
+        "journal": JournalState(spool=services.spool.depth, writable=_durable(services)),
         "queue": queue,
     }

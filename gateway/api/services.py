@@ -44,6 +44,11 @@ class Ingesting(Worker, Protocol):
 class Sessions(Worker, Protocol):
     """What this process owns. Everything else about sessions is rows."""
 
+    @property
+    def durable(self) -> bool:
+        """False while what comes in at one of them cannot be made durable."""
+        ...
+
     def owned(self) -> frozenset[SessionId]: ...
 
     def capability(self, session_id: SessionId, kind: type[T]) -> T | None:

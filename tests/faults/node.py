@@ -1,13 +1,14 @@
 """A real gateway process, with the scripted channels in its registry and waits that the environment may shorten.
 
 `python -m tests.faults.node`, with the environment of `gateway serve` and `FAULTS_PEER` (a port), `FAULTS_TTL`
-(`ttl,renew,margin` of leases), `FAULTS_TIMINGS` (JSON, fields of `core.dispatch.Timings`).
+(`ttl,renew,margin` of leases), `FAULTS_TIMINGS` (JSON, fields of `core.dispatch.Timings`), `FAULTS_FSIZE` (RLIMIT_FSIZE).
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import resource
 from typing import Any
 
 import orjson
@@ -47,6 +48,8 @@ def prepare() -> None:
 
 if __name__ == "__main__":
     prepare()
+    if size := os.environ.get("FAULTS_FSIZE"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))
     faults.arm_from_environment()
     config = settings.load()
     log.configure(config.log_level)

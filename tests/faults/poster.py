@@ -120,6 +120,17 @@ class PosterProcess:
             code = await self._process.wait()
         assert code == 0, f"the poster ended with {code}"
 
+    async def is_told(self, status: int, detail: str, within: float = 60) -> None:
+        """Wait until a post that is made after this call is declined so."""
+        before = time.monotonic()
+        async with asyncio.timeout(within):
+            while not any(
+                e.at > before and (e.fields.get("status"), e.fields.get("detail")) == (status, detail)
+                for e in read(self.ledger)
+            ):
+                assert self.running, "the poster has ended"
+                await asyncio.sleep(0.1)
+
     @property
     def running(self) -> bool:
         return self._process.returncode is None

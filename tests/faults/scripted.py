@@ -98,7 +98,8 @@ class ScriptedChannel:
             with contextlib.suppress(OSError):
                 replaced = await self._talk()
             self._hang_up()
-            await self._say(SessionStatus.DISCONNECTED, "stream_replaced" if replaced else None)
+            if self._state.status is not SessionStatus.DISCONNECTED:
+                await self._say(SessionStatus.DISCONNECTED, "stream_replaced" if replaced else None)
             if replaced:
                 # Never again without being told to: somebody else has this session.
                 await asyncio.Event().wait()
@@ -114,7 +115,7 @@ class ScriptedChannel:
                 match message["op"]:
                     case "welcome":
                         self._writer = writer
-                        await self._say(SessionStatus.ACTIVE)
+                        await self._welcome()
                     case "offer":
                         await self._offered(message["items"])
                     case "answer":
@@ -126,6 +127,9 @@ class ScriptedChannel:
             return False
         finally:
             writer.transport.abort()
+
+    async def _welcome(self) -> None:
+        await self._say(SessionStatus.ACTIVE)
 
     def _hang_up(self) -> None:
         if self._writer is not None:
@@ -245,6 +249,10 @@ class JournaledChannel(ScriptedChannel):
             journal, self._journal = self._journal, None
             await asyncio.to_thread(journal.close)
 
+    async def _welcome(self) -> None:
+        if self._state.reason != "journal_failed":
+            await super()._welcome()
+
     async def _offered(self, items: list[dict[str, Any]]) -> None:
         assert self._journal is not None
         entries = [("message", item["id"], orjson.dumps(item)) for item in items]
@@ -252,9 +260,12 @@ class JournaledChannel(ScriptedChannel):
             await asyncio.to_thread(self._journal.append_many, entries)
         except JournalError as error:
             # Not acknowledged: the platform offers it again on the next connection.
+            await self._say(SessionStatus.DISCONNECTED, "journal_failed")
             raise ConnectionResetError(error.detail) from error
         self._acknowledge(items)
         self._more.set()
+        if self._state.status is not SessionStatus.ACTIVE:
+            await self._say(SessionStatus.ACTIVE)
 
     async def _store_forever(self) -> None:
         after = 0

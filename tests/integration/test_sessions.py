@@ -512,3 +512,17 @@ def _true(check: object) -> object:
         return bool(check())  # type: ignore[operator]
 
     return ask
+
+
+async def test_a_journal_that_takes_nothing_is_told_until_it_does_again(
+    database: Database, platform: FakePlatform, tmp_path: Path, tenant: int
+) -> None:
+    row = await new_session(database, tenant, identifier="+60123456789")
+    async with managing(database, platform, tmp_path) as manager:
+        await want(database, row, "connected")
+        await becomes(database, row, ACTIVE)
+        assert manager.durable
+        await platform.channels[row.id].say(DISCONNECTED, "journal_failed")
+        assert not manager.durable
+        await platform.channels[row.id].say(ACTIVE)
+        assert manager.durable

@@ -60,6 +60,7 @@ class Owned:
     sessions: set[int] = field(default_factory=set)
     capabilities: dict[int, Any] = field(default_factory=dict)
     healthy: bool = True
+    durable: bool = True
 
     def owned(self) -> frozenset[SessionId]:
         return frozenset(SessionId(one) for one in self.sessions)

@@ -48,6 +48,14 @@ async def test_with_a_key_health_says_who_owns_what(api: Api, shop: Tenant) -> N
     assert (await api.get("/health", "wrong")).status == 401
 
 
+async def test_a_session_whose_journal_takes_nothing_is_503(api: Api) -> None:
+    api.manager.durable = False
+    answer = await api.get("/health")
+    assert (answer.status, answer.json["status"]) == (503, "error")
+    api.manager.durable = True
+    assert (await api.get("/health")).status == 200
+
+
 async def test_a_dead_core_task_is_503(api: Api) -> None:
     api.manager.healthy = False
     answer = await api.get("/health")
