@@ -37,6 +37,7 @@ PROMISES = {
     "p9": "tests.faults.whatsapp.p9",
     "p14": "tests.faults.whatsapp.p14",
     "soak": "tests.faults.whatsapp.p14",
+    "channels": "tests.faults.channels.p146",
 }
 """Name on the command line → module."""
 
