@@ -49,7 +49,7 @@ class Node(GatewayProcess):
         self.proxy: Proxy | None = None
         self.lives = 0
 
-    async def start(self, within: float = 60) -> None:
+    async def start(self, within: float = 120) -> None:
         await super().start(within)
         self.lives += 1
 

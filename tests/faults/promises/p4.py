@@ -89,7 +89,7 @@ async def life(node: Node, seconds: float, point: str, *, patience: float) -> bo
     return False
 
 
-async def tell(report: Report, world: World, shops: list[Shop]) -> None:
+async def tell(report: Report, world: World, shops: list[Shop], name: str = "") -> None:
     """Classes for each kind of session, and what must be zero."""
     ledger = world.ledger()
     refused = [
@@ -102,9 +102,9 @@ async def tell(report: Report, world: World, shops: list[Shop]) -> None:
         classes = checker.outbound(
             [e for e in ledger if e.item in mine], [queue[i] for i in sorted(mine)], refused=refused
         )
-        report.add(channel, classes)
+        report.add(f"{name}sends, {channel}", classes)
         unknown = classes.counts[Class.UNKNOWN]
-        report.figures[f"{channel}: share unknown"] = round(unknown / max(1, classes.expected), 4)
-    report.zero("second sends", checker.second_sends(ledger))
-    report.zero("inversions of calls", world.inversions_out())
-    report.figures["calls by outcome"] = dict(sorted((await world.peer.calls()).items()))
+        report.figures[f"{name}share unknown, {channel}"] = round(unknown / max(1, classes.expected), 4)
+    report.zero(f"{name}second sends", checker.second_sends(ledger))
+    report.zero(f"{name}inversions of calls", world.inversions_out())
+    report.figures[f"{name}calls by outcome"] = dict(sorted((await world.peer.calls()).items()))

@@ -41,7 +41,7 @@ async def paused(plan: Plan, report: Report, ttl: float, rounds: int, server: di
         await world.open_for_business(shops)
         await nodes[1].start()
         live = [shop.session for shop in shops]
-        await world.peer.behave(delay=(0.0, 0.05))
+        await world.peer.behave(delay=(0.0, 0.05 if plan.short else 1.0))
         await world.peer.traffic(live, rate=20, senders=10, seed=f"{plan.seed}/p5")
         async with world.meanwhile(feed_steadily(world, shops)):
             for number in range(rounds):
@@ -78,7 +78,7 @@ async def paused(plan: Plan, report: Report, ttl: float, rounds: int, server: di
             await node.stop()
 
 
-async def stale_writes(world: World, report: Report) -> None:
+async def stale_writes(world: World, report: Report, name: str = "") -> None:
     """What a gateway that lost a session would still write: outcomes under an older claim, renewals of an older lease."""
     async with world.looking() as conn, conn.transaction():
         rows = await conn.fetch(
@@ -95,8 +95,8 @@ async def stale_writes(world: World, report: Report) -> None:
             await leases.renew(conn, lease["owner"], {lease["session_id"]: lease["epoch"] - 1}, ttl=30)
             for lease in held
         ]
-    report.figures["stale writes tried"] = len(marks) + len(held)
-    report.zero("stale writes that got through", moved + sum(len(found) for found in renewed))
+    report.figures[f"{name}stale writes tried"] = len(marks) + len(held)
+    report.zero(f"{name}stale writes that got through", moved + sum(len(found) for found in renewed))
 
 
 async def feed_steadily(world: World, shops: list[Shop]) -> None:
