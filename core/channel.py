@@ -157,6 +157,8 @@ class Stored:
     thread_id: ThreadId
     lead_id: LeadId
     duplicate: bool = False
+    erased: bool = False
+    """Not stored and never to be: the person was erased after it was said. Then it is a duplicate as well, ids are 0."""
 
 
 class Sink(Protocol):

@@ -22,7 +22,7 @@ from core.channel import InboundMessage, SessionId, TenantId
 from core.database import Database, connect, is_transient, is_unavailable
 from core.database_check import WORKER_ROLE
 from core.errors import Conflict, DatabaseUnavailable, GatewayError, Invalid, NotFound
-from core.leads import LeadCache, resolve
+from core.leads import LeadCache, Resolved, resolve
 from core.prepare import Prepared, prepare
 from core.store import history as store
 from core.store.audit import Conn
@@ -81,7 +81,8 @@ Item: TypeAlias = InboundMessage | Entry | Wrong
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How far an import is: what is committed, nothing else. `lines = stored + duplicates + wrong`."""
+    """How far an import is: what is committed, nothing else. `lines = stored + duplicates + wrong`. What somebody said
+    before they were erased counts as a duplicate: it was here once, and stays away."""
 
     lines: int = 0
     stored: int = 0
@@ -340,7 +341,7 @@ class HistoryImport:
 
     async def _transaction(self, conn: Conn, ready: Sequence[_Ready], wrong: Sequence[Wrong]) -> None:
         started = time.monotonic()
-        resolved: dict[tuple[int, str], tuple[int, bool]] = {}
+        resolved: dict[tuple[int, str], Resolved] = {}
         inserted = store.Inserted(0, None, None)
         async with conn.transaction():
             if ready:
@@ -378,21 +379,27 @@ class HistoryImport:
 
     async def _leads(
         self, conn: Conn, ready: Sequence[_Ready]
-    ) -> tuple[list[int], dict[tuple[int, str], tuple[int, bool]]]:
-        """The lead of each, in order; and what had to be asked, to be remembered once it is committed."""
+    ) -> tuple[list[int], dict[tuple[int, str], Resolved]]:
+        """The lead of each, in order, 0 for what was said before its person was erased; and what had to be asked, to be
+        remembered once it is committed."""
         found = [self._cache.get(one.prepared.wanted) for one in ready]
         unknown = [one.prepared.wanted for one, lead in zip(ready, found, strict=True) if lead is None]
-        resolved = await resolve(conn, list(dict.fromkeys(unknown))) if unknown else {}
-        leads = [
-            lead if lead is not None else resolved[one.prepared.wanted.keys[0]][0]
-            for one, lead in zip(ready, found, strict=True)
-        ]
+        resolved = await resolve(conn, unknown) if unknown else {}
+        leads = []
+        for one, lead in zip(ready, found, strict=True):
+            if lead is None:
+                entry = resolved[one.prepared.wanted.keys[0]]
+                lead = 0 if entry.erased(one.prepared.wanted) else entry.lead_id
+            leads.append(lead)
         return leads, resolved
 
     async def _store(self, conn: Conn, ready: Sequence[_Ready], leads: Sequence[int]) -> store.Inserted:
         first: dict[tuple[int, str], int] = {}
         for n, (one, lead) in enumerate(zip(ready, leads, strict=True)):
-            first.setdefault((lead, one.prepared.row.channel_message_id), n)
+            if lead:
+                first.setdefault((lead, one.prepared.row.channel_message_id), n)
+        if not first:
+            return store.Inserted(0, None, None)
         # By lead, as live writers do: two writers then wait for each other instead of deadlocking.
         order = sorted(first.values(), key=lambda n: (leads[n], n))
         rows = [ready[n].prepared.row for n in order]

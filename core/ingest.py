@@ -20,13 +20,14 @@ from core.batcher import Batcher, reason
 from core.channel import Cursor, InboundMessage, LeadId, MessageId, SessionId, StatusUpdate, Stored, ThreadId
 from core.database import Database
 from core.errors import DatabaseUnavailable, GatewayError, Invalid
-from core.leads import LeadCache, resolve
+from core.leads import LeadCache, Resolved, resolve
 from core.metrics import Metrics
 from core.prepare import Prepared, prepare
 from core.receipts import Receipts
 from core.store import messages as store
 from core.store import threads
 from core.store.audit import Conn
+from core.store.leads import Key
 from core.store.messages import Echo, MessageKey
 
 log = logs.get(part="ingest")
@@ -35,6 +36,7 @@ CHUNK = 1000
 """Of a long list (imported history) only so many wait at once, so that what people write now is not behind all of it."""
 ROUNDS = 6
 """How often a batch meets leads that changed under it before it is put down to something else."""
+ERASED = Stored(MessageId(0), ThreadId(0), LeadId(0), duplicate=True, erased=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,10 +244,7 @@ class Ingest:
                 if isinstance(work, Prepared) and outcome is None
             ]
             resolved = await resolve(conn, people) if people else {}
-            lead_ids = [
-                resolved.get(work.wanted.keys[0], (0, False))[0] if isinstance(work, Prepared) else 0
-                for work in works
-            ]
+            lead_ids = self._leads(works, resolved, written)
             faults.point("ingest.before_insert")
             await self._store(conn, works, lead_ids, written)
             await self._hand_over(conn, works, written)
@@ -257,6 +256,18 @@ class Ingest:
             # Receipts may have come before anybody knew the id; a fresh transaction, see core.receipts.
             await self._receipts.sweep(conn)
         return written
+
+    @staticmethod
+    def _leads(works: Sequence[Work], resolved: dict[Key, Resolved], written: _Written) -> list[int]:
+        """The lead of each; what was said before its person was erased has its outcome now."""
+        lead_ids = [0] * len(works)
+        for n, work in enumerate(works):
+            if isinstance(work, Prepared) and written.outcomes[n] is None:
+                entry = resolved[work.wanted.keys[0]]
+                lead_ids[n] = entry.lead_id
+                if entry.erased(work.wanted):
+                    written.outcomes[n] = ERASED
+        return lead_ids
 
     async def _recognise(self, conn: Conn, works: Sequence[Work], written: _Written) -> None:
         """Echoes of our own queue items: the item moves on, no second row is made."""
@@ -382,17 +393,19 @@ class Ingest:
     def _tell(self, works: Sequence[Work], written: _Written) -> None:
         now = time.time()
         fresh: list[Stored] = []
-        duplicates = 0
+        duplicates = erased = 0
         for n, (work, outcome) in enumerate(zip(works, written.outcomes, strict=True)):
             if not isinstance(work, Prepared) or outcome is None:
                 continue
             if n in written.fresh:
                 fresh.append(outcome)
                 self._count.written(work.row, max(0.0, now - work.message.arrived_at))
+            elif outcome.erased:
+                erased += 1
             else:
                 duplicates += 1
                 self._metrics.duplicates.labels(work.row.channel).inc()
-        if not fresh and not duplicates:
+        if not fresh and not duplicates and not erased:
             return
         sessions = sorted({work.row.session_id for work in works if isinstance(work, Prepared)})
         tenants = sorted({work.row.tenant_id for work in works if isinstance(work, Prepared)})
@@ -412,6 +425,8 @@ class Ingest:
             fields["session_id"] = sessions[0]
         else:
             fields["session_ids"] = sessions
+        if erased:
+            fields["erased"] = erased
         if written.filled:
             fields["filled"] = written.filled
         if written.echoes:

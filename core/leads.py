@@ -32,10 +32,25 @@ class Wanted(NamedTuple):
     """The best known form first."""
     kind: Literal["person", "group"]
     name: str | None
+    said_at: float
+    """Epoch seconds; what was said before its person was erased stays away."""
 
     @property
     def keys(self) -> list[Key]:
         return [(self.tenant_id, external_id) for external_id in self.external_ids]
+
+
+class Resolved(NamedTuple):
+    """Whose an external id is."""
+
+    lead_id: int
+    """0: nobody's. The person was erased, nothing was said since, so no lead is made."""
+    named: bool
+    erased_through: float = 0.0
+    """Epoch seconds: what was said until then is not stored again. 0: never erased."""
+
+    def erased(self, wanted: Wanted) -> bool:
+        return wanted.said_at <= self.erased_through
 
 
 class LeadCache:
@@ -43,25 +58,28 @@ class LeadCache:
 
     def __init__(self, size: int = 50_000) -> None:
         self._size = size
-        self._known: OrderedDict[Key, tuple[int, bool]] = OrderedDict()
+        self._known: OrderedDict[Key, Resolved] = OrderedDict()
 
     def get(self, wanted: Wanted) -> int | None:
-        """The lead, when every form named is known to be the same one and there is no name to fill in."""
+        """The lead, when every form named is known to be the same one, there is no name to fill in, and the message is
+        not one of an erased person's past."""
         found: int | None = None
         for external_id in wanted.external_ids:
             key = (wanted.tenant_id, external_id)
             entry = self._known.get(key)
             if entry is None:
                 return None
-            lead_id, named = entry
+            lead_id, named, erased_through = entry
             if (found is not None and lead_id != found) or (wanted.name and not named):
+                return None
+            if wanted.said_at <= erased_through:
                 return None
             self._known.move_to_end(key)
             found = lead_id
         return found
 
-    def remember(self, resolved: dict[Key, tuple[int, bool]]) -> None:
-        self._known.update(resolved)
+    def remember(self, resolved: dict[Key, Resolved]) -> None:
+        self._known.update({key: entry for key, entry in resolved.items() if entry.lead_id})
         while len(self._known) > self._size:
             self._known.popitem(last=False)
 
@@ -83,19 +101,33 @@ class _Group:
     kind: Literal["person", "group"]
     name: str | None = None
     keys: list[Key] = field(default_factory=list)
+    latest: float = 0.0
+    """When the latest of its messages was said."""
+    erased_through: float = 0.0
+
+    @property
+    def only_past(self) -> bool:
+        return self.latest <= self.erased_through
 
 
-async def resolve(conn: Conn, people: Sequence[Wanted]) -> dict[Key, tuple[int, bool]]:
+async def resolve(conn: Conn, people: Sequence[Wanted]) -> dict[Key, Resolved]:
     """Find, create, join: afterwards every key named has one lead. Runs in the caller's transaction.
 
-    Two statements when all are known, three when some are new. Raises SerializationError when other gateways keep
-    changing the same leads: run the transaction again.
+    No lead is made of somebody who was erased and has said nothing since; the caller leaves out every message for which
+    `Resolved.erased` is true. Two statements when all are known, three when some are new. Raises SerializationError
+    when other gateways keep changing the same leads: run the transaction again.
     """
     groups = _grouped(people)
-    keys = [key for group in groups for key in group.keys]
+    past: dict[Key, Resolved] = {}
     workspaces: dict[int, tuple[int | None, str | None]] | None = None
     for _ in range(ROUNDS):
-        known = await store.find(conn, keys)
+        known, erased = await store.look_up(conn, [key for group in groups for key in group.keys])
+        if erased:
+            for group in groups:
+                group.erased_through = max(erased.get(key, 0.0) for key in group.keys)
+                if group.only_past and not any(key in known for key in group.keys):
+                    past.update(dict.fromkeys(group.keys, Resolved(0, False, group.erased_through)))
+            groups = [group for group in groups if group.keys[0] not in past]
         fresh = [group for group in groups if not any(key in known for key in group.keys)]
         if fresh:
             if workspaces is None:
@@ -110,14 +142,16 @@ async def resolve(conn: Conn, people: Sequence[Wanted]) -> dict[Key, tuple[int, 
                     )
         if await _join(conn, groups, known):
             continue  # something moved: a fresh statement says how it stands now
-        if all(key in known for key in keys):
+        if all(key in known for group in groups for key in group.keys):
             await _fill_names(conn, groups, known)
-            named = {group.keys[0]: group.name is not None for group in groups}
-            return {
-                key: (known[key].lead_id, known[key].named or named[group.keys[0]])
+            found = {
+                key: Resolved(
+                    known[key].lead_id, known[key].named or group.name is not None, group.erased_through
+                )
                 for group in groups
                 for key in group.keys
             }
+            return found | past
     raise asyncpg.SerializationError("leads of this batch keep changing")
 
 
@@ -133,6 +167,8 @@ def _grouped(people: Sequence[Wanted]) -> list[_Group]:
         for other in others:
             group.keys += other.keys
             group.name = group.name or other.name
+            group.latest = max(group.latest, other.latest)
+        group.latest = max(group.latest, wanted.said_at)
         group.keys += [key for key in wanted.keys if key not in group.keys]
         group.name = wanted.name or group.name
         for key in group.keys:

@@ -90,7 +90,11 @@ def prepare(message: InboundMessage) -> Prepared:
     ids = dict.fromkeys(clean_text(x) for x in (person.external_id, *person.aliases) if x)
     # An own echo carries the sender's name, which is ours.
     name = _text(person.name) if message.direction == "inbound" or person.kind == "group" else None
-    wanted = Wanted(row.tenant_id, row.session_id, tuple(ids), person.kind, (name or "").strip() or None)
+    # A clock that runs ahead must not carry a message over its person's erasure; a replay still knows when it arrived.
+    said_at = min(row.occurred_at, message.arrived_at)
+    wanted = Wanted(
+        row.tenant_id, row.session_id, tuple(ids), person.kind, (name or "").strip() or None, said_at
+    )
     return Prepared(message, row, wanted)
 
 

@@ -26,9 +26,9 @@ CREATE TABLE IF NOT EXISTS et_imports (
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.01);
 CREATE INDEX IF NOT EXISTS et_imports_by_session ON et_imports (tenant_id, session_id, id);
 
--- A new kind of event needs no schema change.
+-- A new kind of event needs no schema change. The frequent ones first: the regular expression is the dear part.
 ALTER TABLE et_events DROP CONSTRAINT IF EXISTS et_events_kind_ck;
-ALTER TABLE et_events ADD CONSTRAINT et_events_kind_ck CHECK (kind ~ '^[a-z][a-z_]{1,31}$');
+ALTER TABLE et_events ADD CONSTRAINT et_events_kind_ck CHECK (kind = ANY ('{message,status}') OR kind ~ '^[a-z][a-z_]{1,31}$');
 
 -- Readers of the event stream learn of a start, an end, and every ten thousand lines between.
 CREATE OR REPLACE FUNCTION et_import_moved() RETURNS trigger

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from core.store.audit import Conn
+from core.store.suppressions import identity_hash
 
 Key: TypeAlias = tuple[int, str]
 """(tenant id, external id)"""
@@ -35,20 +36,40 @@ class NewLead:
 
 async def find(conn: Conn, keys: Iterable[Key]) -> dict[Key, Known]:
     """Whom these external ids belong to; those nobody has are left out."""
+    known, _ = await look_up(conn, keys)
+    return known
+
+
+async def look_up(conn: Conn, keys: Iterable[Key]) -> tuple[dict[Key, Known], dict[Key, float]]:
+    """Whom these external ids belong to, and until when (epoch seconds) what their people said was erased; those nobody
+    has, and those never erased, are left out. One statement sees both: who is erased meanwhile is here or there."""
     wanted = sorted(set(keys))
     rows = await conn.fetch(
         """
-        SELECT i.tenant_id, i.external_id, l.id, l.external_id AS main, l.name IS NOT NULL AS named, l.kind
-        FROM unnest($1::bigint[], $2::text[]) AS k (tenant_id, external_id)
-        JOIN et_lead_identities i ON i.tenant_id = k.tenant_id AND i.external_id = k.external_id
-        JOIN et_leads l ON l.tenant_id = i.tenant_id AND l.id = i.lead_id
+        SELECT k.tenant_id, k.external_id, l.id, l.external_id AS main, l.name IS NOT NULL AS named, l.kind,
+               extract(epoch FROM s.erased_through)::float8 AS erased_through
+        FROM unnest($1::bigint[], $2::text[], $3::bytea[]) AS k (tenant_id, external_id, identity_hash)
+        LEFT JOIN et_lead_identities i ON i.tenant_id = k.tenant_id AND i.external_id = k.external_id
+        LEFT JOIN et_leads l ON l.tenant_id = i.tenant_id AND l.id = i.lead_id
+        LEFT JOIN et_suppressions s ON s.tenant_id = k.tenant_id AND s.identity_hash = k.identity_hash
+        WHERE l.id IS NOT NULL
+           OR s.erased_through IS NOT NULL
         """,
         [key[0] for key in wanted],
         [key[1] for key in wanted],
+        [identity_hash(*key) for key in wanted],
     )
-    return {
-        (r["tenant_id"], r["external_id"]): Known(r["id"], r["main"], r["named"], r["kind"]) for r in rows
+    known = {
+        (r["tenant_id"], r["external_id"]): Known(r["id"], r["main"], r["named"], r["kind"])
+        for r in rows
+        if r["id"] is not None
     }
+    erased = {
+        (r["tenant_id"], r["external_id"]): r["erased_through"]
+        for r in rows
+        if r["erased_through"] is not None
+    }
+    return known, erased
 
 
 async def create(conn: Conn, leads: Sequence[NewLead]) -> dict[Key, int]:
