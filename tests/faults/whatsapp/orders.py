@@ -12,6 +12,7 @@ import asyncpg
 import orjson
 
 from core.database import connect
+from core.errors import GatewayError
 from sandbox.whatsapp.hub import Call
 from tests.faults import checker
 from tests.faults.checker import Classes, QueueRow
@@ -75,7 +76,7 @@ class Orders:
                     text,
                 )
                 break
-            except LOST:
+            except (GatewayError, *LOST):
                 await self.close()
                 await asyncio.sleep(0.2)
         assert row is not None

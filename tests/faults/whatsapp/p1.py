@@ -7,17 +7,15 @@ import contextlib
 import itertools
 import random
 import time
-from collections import Counter
 from collections.abc import Callable
 
 import orjson
 
-from tests.faults import checker
 from tests.faults.checker import Report, percentiles
-from tests.faults.ledger import OFFERED, Entry, read
 from tests.faults.run import Plan
 from tests.faults.whatsapp.killing import Kill, Killer, database
 from tests.faults.whatsapp.rig import SHORT_WAITS, Line, Rig
+from tests.faults.whatsapp.verdict import judge_inbound, settle
 
 CHILD_POINTS = (
     "whatsapp.callback",
@@ -218,48 +216,12 @@ async def _rest(killing: Killing, count: int) -> None:
         await killing.child(line, "aimed")
 
 
-async def settle(rig: Rig) -> None:
-    """Until everything is acknowledged and nothing waits in a journal."""
-    for line in rig.lines:
-        await rig.drained(line)
-    wanted = list(rig.witness.said)
-    with contextlib.suppress(AssertionError):  # what is missing then is counted
-        await rig.stored(wanted, within=60)
-
-
 async def judge(rig: Rig, killing: Killing, report: Report) -> None:
-    witness, rows = rig.witness, await rig.rows()
-    ledger = read(rig.ledger.path)
-    for msg_id in witness.said:  # what was put on the wire more than once
-        ledger += [Entry(OFFERED, msg_id, w.monotonic, w.at) for w in rig.sandbox.written(msg_id)[1:]]
     report.figures |= killing.told()
-    ways = Counter(said.how for said in witness.said.values())
-    report.figures["messages"] = dict(ways)
-    report.add("stored", checker.inbound(ledger, (row["item"] for row in rows)))
-    report.zero("acknowledged before durable", len(witness.early))
-    report.problems += witness.early[:8]
-    report.zero("never acknowledged", len(witness.said.keys() - witness.acked.keys()))
-    wrong = [
-        row["item"]
-        for row in rows
-        if not row["placeholder"] and row["content"] != witness.said[row["item"]].text
-    ]
-    report.zero("stored with another text", len(wrong))
-    open_ = {row["item"] for row in rows if row["placeholder"]}
-    report.zero("left unreadable", len(open_))
-    reported = int(await rig.metric("gateway_possible_loss_total"))
-    report.figures["reported as possible loss"] = reported
+    await judge_inbound(rig, report)
     healed = [seconds for kill in killing.recoveries for seconds in kill.healed]
-    report.figures["encrypted anew by the sender's phone"] = len(witness.asked_again)
     report.figures["healed after, s"] = percentiles(healed)
     report.figures["all acknowledged after a kill, s"] = percentiles(k.back for k in killing.recoveries)
-    order = [
-        (row["thread_id"], witness.said[row["item"]].number)
-        for row in rows
-        if row["item"] in witness.said and row["item"] not in witness.asked_again
-    ]
-    report.zero("inversions", checker.inversions(order))
-    report.zero("gate alarms", await rig.metric("gateway_gate_alarms_total"))
 
 
 async def beyond_recovery(rig: Rig, killing: Killing, report: Report) -> None:
