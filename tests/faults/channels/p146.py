@@ -10,11 +10,12 @@ import asyncio
 
 from tests.contract.deskchat_peer import DeskChatPeer
 from tests.contract.peer import Can, Peer
+from tests.contract.telegram_peer import TelegramPeer
 from tests.faults.channels.rig import Rig, points
 from tests.faults.checker import Report
 from tests.faults.run import Plan
 
-PEERS: tuple[type[Peer], ...] = (DeskChatPeer,)
+PEERS: tuple[type[Peer], ...] = (DeskChatPeer, TelegramPeer)
 SHORT = (
     "ingest.before_commit",
     "ingest.after_commit",

@@ -31,7 +31,7 @@ from tests.faults.world import LOST, QUICK_TIMINGS, QUICK_TTL, Node, free_port
 from tests.support.outbound import eventually
 from tests.support.postgres import PostgresServer
 
-CUSTOMERS = 3
+NAMES = ("mei", "tan", "ali", "siti", "arun", "wei")
 
 
 class ChannelNode(Node):
@@ -166,9 +166,7 @@ class Rig:
                 line.session,
                 line.tenant,
             )
-        line.customers = [
-            peer.customer(f"{name}-{peer.channel}") for name in ("mei", "tan", "ali")[:CUSTOMERS]
-        ]
+        line.customers = [peer.customer(f"{name}-{peer.channel}") for name in NAMES]
         return line
 
     @contextlib.asynccontextmanager
