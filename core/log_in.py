@@ -13,7 +13,7 @@ from typing import Any
 from core import log as logs
 from core.channel import ChannelKind, CredentialField, Json, LogIn, SessionStatus
 from core.errors import ChannelError, Conflict, Invalid, InvalidField, ThrottledError
-from core.secrets import KeyRing
+from core.secrets import KeyRing, SecretError
 from core.store import credentials, sessions
 from core.store.audit import Conn
 from core.store.sessions import SessionRow
@@ -179,9 +179,18 @@ async def create(
 async def renew(conn: Conn, ring: KeyRing, session: SessionRow, found: LogIn) -> None:
     """New credentials for a session; its proxy stays. Raises InvalidField when they are somebody else's."""
     same_account(session, found)
-    stored = await credentials.get(conn, ring, tenant_id=session.tenant_id, session_id=session.id)
-    kept = {name: value for name, value in stored.items() if name == PROXY}
+    old = await stored(conn, ring, session)
+    kept = {name: value for name, value in old.items() if name == PROXY}
     await _keep(conn, ring, session, kept | found.credentials)
+
+
+async def stored(conn: Conn, ring: KeyRing, session: SessionRow) -> Json:
+    """What is kept for a session, to be replaced; nothing when it cannot be opened any more."""
+    try:
+        return await credentials.get(conn, ring, tenant_id=session.tenant_id, session_id=session.id)
+    except SecretError as error:
+        log.warning("credentials.unreadable", session_id=session.id, error=error.code)
+        return {}
 
 
 def same_account(session: SessionRow, found: LogIn) -> None:

@@ -175,8 +175,9 @@ class Gateway:
         console.install(
             app,
             db=self.database,
-            authenticate=_key_checker(app),
-            channels=[n for n, k in kinds.items() if k.factory],
+            authenticate=key_checker(app),
+            kinds={name: kind for name, kind in kinds.items() if kind.factory},
+            keys=keys,
             media=media,
         )
         await self._listen(app)
@@ -237,7 +238,7 @@ async def serve(settings: Settings) -> None:
         logger.info("gateway.stopping")
 
 
-def _key_checker(app: web.Application) -> Callable[[str], Awaitable[console.Principal]]:
+def key_checker(app: web.Application) -> Callable[[str], Awaitable[console.Principal]]:
     """How the console proves a key: as the API does."""
 
     async def check(key: str) -> console.Principal:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from asyncpg import Record
+
 from core.channel import SessionId
 from core.store.audit import Conn
 
@@ -170,3 +172,30 @@ async def holder(conn: Conn, session_id: int) -> str | None:
         session_id,
     )
     return owner
+
+
+async def holders(conn: Conn, tenant_id: int) -> dict[int, str]:
+    """Who holds which of the tenant's sessions now."""
+    rows = await conn.fetch(
+        "SELECT session_id, owner FROM et_session_leases WHERE tenant_id = $1 AND expires_at > clock_timestamp()",
+        tenant_id,
+    )
+    return {row["session_id"]: row["owner"] for row in rows}
+
+
+async def gateways(conn: Conn, *, alive_seconds: float) -> list[Record]:
+    """Every gateway that has said anything lately, with how many sessions it holds: of all tenants, and so only as worker.
+
+    One that was stopped has no row; one that died keeps its row, and is not `alive`, until it is found dead."""
+    return await conn.fetch(
+        """
+        SELECT g.owner, g.host, g.started_at, g.heartbeat_at,
+               g.heartbeat_at > clock_timestamp() - make_interval(secs => $1) AS alive,
+               count(l.session_id) AS sessions
+        FROM et_gateways g
+        LEFT JOIN et_session_leases l ON l.owner = g.owner AND l.expires_at > clock_timestamp()
+        GROUP BY g.owner
+        ORDER BY g.started_at, g.owner
+        """,
+        alive_seconds,
+    )

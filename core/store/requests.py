@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from asyncpg import Record
 
@@ -155,3 +155,84 @@ async def cancel(conn: Conn, tenant_id: int, queue_id: int) -> bool:
 async def retry(conn: Conn, queue_id: int) -> None:
     """An operator sends a failed or unknown item again; the function refuses any other."""
     await conn.execute("SELECT et_retry_outbound($1)", queue_id)
+
+
+async def count(conn: Conn, tenant_id: int, status: Literal["failed", "unknown"]) -> int:
+    """How many items an operator has to look at, by the partial index of those."""
+    return int(
+        await conn.fetchval(
+            "SELECT count(*) FROM et_outbound_queue WHERE tenant_id = $1 AND status = $2", tenant_id, status
+        )
+    )
+
+
+_TROUBLE = f"""
+    SELECT {_ITEM}, m.content, m.raw_payload ->> 'origin' AS origin, q.claimed_at,
+           l.name AS lead_name, l.external_id AS lead_external_id,
+           s.session_name, s.session_identifier
+    FROM et_outbound_queue q
+    JOIN et_messages m ON m.id = q.message_id AND m.tenant_id = q.tenant_id
+    JOIN et_leads l ON l.id = m.lead_id AND l.tenant_id = q.tenant_id
+    JOIN et_channel_sessions s ON s.id = q.channel_session_id AND s.tenant_id = q.tenant_id
+"""  # noqa: S608  (our own column list)
+
+
+async def trouble(
+    conn: Conn, tenant_id: int, status: Literal["failed", "unknown"], *, limit: int
+) -> list[Record]:
+    """What did not go out, or may not have, newest first, with who it was for."""
+    return await conn.fetch(
+        f"{_TROUBLE} WHERE q.tenant_id = $1 AND q.status = $2 ORDER BY q.id DESC LIMIT $3",
+        tenant_id,
+        status,
+        limit,
+    )
+
+
+async def with_person(conn: Conn, tenant_id: int, queue_id: int) -> Record | None:
+    """One item, whatever its status, with who it was for."""
+    return await conn.fetchrow(f"{_TROUBLE} WHERE q.tenant_id = $1 AND q.id = $2", tenant_id, queue_id)
+
+
+GIVEN_UP = "given_up"
+
+
+async def settle(conn: Conn, tenant_id: int, queue_id: int, *, arrived: bool) -> bool:
+    """An operator says what became of an item whose outcome is unknown: it arrived, or it is given up. False when it is
+    not unknown (any more): evidence came meanwhile, or somebody was quicker. Inside a transaction."""
+    found = await conn.fetchval(
+        """
+        SELECT message_id
+        FROM et_outbound_queue
+        WHERE tenant_id = $1
+          AND id = $2
+          AND status = 'unknown'
+        FOR UPDATE
+        """,
+        tenant_id,
+        queue_id,
+    )
+    if found is None:
+        return False
+    # The other row of the pair follows by trigger. A person has seen it there: that is more than `sent`.
+    if arrived:
+        await conn.execute(
+            "UPDATE et_messages SET delivery_status = 'delivered' WHERE tenant_id = $1 AND id = $2",
+            tenant_id,
+            found,
+        )
+    await conn.execute(
+        """
+        UPDATE et_outbound_queue
+        SET status = CASE WHEN $3 THEN status ELSE 'failed' END,
+            error_code = CASE WHEN $3 THEN NULL ELSE $4 END,
+            last_error = CASE WHEN $3 THEN NULL ELSE 'a person gave it up: nothing proved that it arrived' END
+        WHERE tenant_id = $1
+          AND id = $2
+        """,
+        tenant_id,
+        queue_id,
+        arrived,
+        GIVEN_UP,
+    )
+    return True

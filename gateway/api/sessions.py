@@ -360,7 +360,11 @@ async def change(call: Call[NoQuery, SessionChange]) -> SessionDetail:
         await store.patch(conn, call.tenant_id, session_id, name=body.name, metadata=metadata)
         if replaced is not None or "proxy" in given:
             ids = {"tenant_id": int(call.tenant_id), "session_id": session_id}
-            secrets = await credentials.get(conn, call.services.keys, **ids)
+            secrets = (
+                await log_in.stored(conn, call.services.keys, session)
+                if replaced is not None
+                else await credentials.get(conn, call.services.keys, **ids)
+            )
             old_proxy = secrets.pop(log_in.PROXY, None)
             if replaced is not None:
                 secrets = dict(replaced)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import mimetypes
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 
 import aiohttp_jinja2
 import jinja2
 from aiohttp import web
 
+from core.channel import ChannelKind
 from core.database import Database
-from gateway.console import conversations, files, numbers, sign_in, words
+from core.secrets import KeyRing
+from gateway.console import adding, channels, conversations, files, outbox, sign_in, words
 from gateway.console.access import Visitors
 from gateway.console.page import CONSOLE, Authenticate, Console, PageError, Plain, error_page, page, plain
 
 _HERE = Path(__file__).parent
 _STATIC = _HERE / "static"
 _TENANT = r"/console/{tenant:\d{1,19}}"
-_SESSION = _TENANT + r"/numbers/{session:\d{1,19}}"
+_SESSION = _TENANT + r"/channels/{session:\d{1,19}}"
+_ITEM = _TENANT + r"/outbox/{item:\d{1,19}}"
 _THREAD = _TENANT + r"/threads/{thread:\d{1,19}}"
 
 
@@ -28,11 +31,13 @@ def install(
     *,
     db: Database,
     authenticate: Authenticate,
-    channels: Collection[str],
+    kinds: Mapping[str, ChannelKind],
+    keys: KeyRing,
     media: files.Media | None = None,
 ) -> None:
-    """Add the console to an application. `authenticate` proves an API key or raises `SignInRefused`."""
-    app[CONSOLE] = console = Console(db, authenticate, Visitors(db), frozenset(channels), media)
+    """Add the console to an application. `authenticate` proves an API key or raises `SignInRefused`; `kinds` are the
+    channels that a session can be added for, `keys` seal what is entered here."""
+    app[CONSOLE] = console = Console(db, authenticate, Visitors(db), kinds, keys, media)
     assets = _Assets()
     aiohttp_jinja2.setup(
         app,
@@ -58,7 +63,7 @@ def install(
 
 
 def _routes() -> list[tuple[str, str, Plain]]:
-    listing, one = numbers.listing, numbers.one
+    listing, one = channels.listing, channels.one
     messages, threads = conversations.messages, conversations.threads
     return [
         ("GET", "/", plain(sign_in.front)),
@@ -68,16 +73,25 @@ def _routes() -> list[tuple[str, str, Plain]]:
         ("POST", "/console/tenants", page(sign_in.create_tenant, "admin")),
         ("GET", _TENANT, page(listing.show, "read")),
         ("GET", _TENANT + "/stream", page(listing.stream, "read")),
-        ("GET", _TENANT + "/numbers/new", page(numbers.new, "sessions")),
-        ("POST", _TENANT + "/numbers", page(numbers.create, "sessions")),
-        ("GET", _SESSION, page(numbers.show_one, "read")),
+        ("GET", _TENANT + "/channels/new", page(adding.new, "sessions")),
+        ("POST", _TENANT + "/channels", page(adding.create, "sessions")),
+        ("GET", _SESSION, page(channels.show_one, "read")),
         ("GET", _SESSION + "/stream", page(one.stream, "read")),
-        ("POST", _SESSION + "/pair", page(numbers.pair, "sessions")),
-        ("POST", _SESSION + "/pair-by-code", page(numbers.pair_by_code, "sessions")),
-        ("POST", _SESSION + "/connect", page(numbers.connect, "sessions")),
-        ("POST", _SESSION + "/disconnect", page(numbers.disconnect, "sessions")),
-        ("GET", _SESSION + "/log-out", page(numbers.confirm_logout, "sessions")),
-        ("POST", _SESSION + "/log-out", page(numbers.logout, "sessions")),
+        ("GET", _SESSION + "/credentials", page(adding.credentials_form, "sessions")),
+        ("POST", _SESSION + "/credentials", page(adding.change_credentials, "sessions")),
+        ("POST", _SESSION + "/pair", page(channels.pair, "sessions")),
+        ("POST", _SESSION + "/pair-by-code", page(channels.pair_by_code, "sessions")),
+        ("POST", _SESSION + "/connect", page(channels.connect, "sessions")),
+        ("POST", _SESSION + "/disconnect", page(channels.disconnect, "sessions")),
+        ("GET", _SESSION + "/log-out", page(channels.confirm_logout, "sessions")),
+        ("POST", _SESSION + "/log-out", page(channels.logout, "sessions")),
+        ("GET", _TENANT + "/outbox", page(outbox.listing.show, "read")),
+        ("GET", _TENANT + "/outbox/stream", page(outbox.listing.stream, "read")),
+        ("GET", _ITEM, page(outbox.one.show, "read")),
+        ("GET", _ITEM + "/stream", page(outbox.one.stream, "read")),
+        ("POST", _ITEM + "/send-again", page(outbox.send_again, "admin")),
+        ("POST", _ITEM + "/arrived", page(outbox.arrived, "admin")),
+        ("POST", _ITEM + "/give-up", page(outbox.give_up, "admin")),
         ("GET", _TENANT + "/messages", page(messages.show, "read")),
         ("GET", _TENANT + "/messages/stream", page(messages.stream, "read")),
         ("GET", _TENANT + r"/messages/{message:\d{1,19}}/file", page(files.serve, "read")),

@@ -65,7 +65,7 @@ def _line(page: Page, row: Record) -> Line:
         thread_id=row["thread_id"],
         inbound=row["direction"] == "inbound",
         who=words.person(row["lead_name"], row["lead_external_id"]),
-        via="a new number" if session.startswith(session_store.PENDING) else session,
+        via="a new entry" if session.startswith(session_store.PENDING) else session,
         text=timeline.snippet(row["content"], words.kind(row["message_type"])),
         time=words.when(row["occurred_at"], page.zone),
         origin=words.origin(row),
@@ -98,7 +98,7 @@ async def _list(page: Page) -> dict[str, Any]:
             rows = await crm.list_threads(conn, page.tenant_id, wanted, before=(None, None), limit=LISTED)
     except asyncpg.QueryCanceledError:
         raise PageError(
-            409, "That search takes too long", "Search for more letters, or for the whole number."
+            409, "That search takes too long", "Search for more letters, or for the whole address."
         ) from None
     kept = {name: value for name, value in (("show", chosen), ("q", sought)) if value and value != "all"}
     return {
@@ -166,7 +166,7 @@ async def _load_thread(page: Page) -> dict[str, Any]:
         "group": group,
         "human": thread["handled_by"] == "human",
         "via": words.title(session),
-        "standing": words.standing(session),
+        "standing": page.console.standing(session),
         "session_id": session.id,
         "closed": _closed(session),
         "waits": session.status in (SessionStatus.CONNECTING, SessionStatus.DISCONNECTED),
@@ -255,8 +255,10 @@ async def reply(page: Page) -> web.StreamResponse:
             if queued["thread_id"] != thread_id:
                 await hand_to_person(conn, [queued["thread_id"]])
     if _closed(session):
-        told = words.standing(session)
-        return await _again(page, text, f"{words.title(session)} is not linked: {told.action or told.label}")
+        told = page.console.standing(session)
+        return await _again(
+            page, text, f"{words.title(session)} cannot send now: {told.action or told.label}"
+        )
     log.info(
         "console.replied",
         tenant_id=page.tenant_id,

@@ -6,7 +6,7 @@ Holds no page of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -18,9 +18,12 @@ from aiohttp import web
 from asyncpg import Record
 
 from core import log as logs
+from core.channel import ChannelKind
 from core.database import Database, is_unavailable
 from core.errors import GatewayError, NotFound
+from core.secrets import KeyRing
 from core.store import audit, tenants
+from core.store.sessions import SessionRow
 from gateway.console import words
 from gateway.console.access import COOKIE, FormGuard, Notice, Principal, Scope, Visitor, Visitors, same
 
@@ -44,12 +47,22 @@ class Console:
     db: Database
     authenticate: Authenticate
     visitors: Visitors
-    channels: frozenset[str]
-    """Those that a number can be added for."""
+    kinds: Mapping[str, ChannelKind]
+    """Those that a session can be added for."""
+    keys: KeyRing
+    """Seals credentials that are entered here."""
     media: Media | None = None
     guard: FormGuard = field(default_factory=FormGuard)
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the server stops: open streams end."""
+
+    def pairs(self, channel: str) -> bool:
+        """Whether a phone is linked to sessions of this channel; others log in with credentials."""
+        kind = self.kinds.get(channel)
+        return kind is not None and kind.check_credentials is None
+
+    def standing(self, session: SessionRow) -> words.Standing:
+        return words.standing(session, pairs=self.pairs(session.channel_type))
 
 
 CONSOLE: web.AppKey[Console] = web.AppKey("console", Console)

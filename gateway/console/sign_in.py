@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import aiohttp_jinja2
 from aiohttp import web
 
 from core import log as logs
-from core.store import tenants
+from core.store import leases, tenants
 from gateway.console.access import COOKIE, FORM_COOKIE, LIFE_SECONDS, SignInRefused, Visitor
 from gateway.console.page import CONSOLE, Page, PageError, fields, html, local
 
 log = logs.get(part="console")
 
 TENANTS_SHOWN = 500
+ALIVE_SECONDS = 30.0
+"""A gateway says every 10 s that it lives; after this long without a word its sessions may be taken."""
 
 
 async def front(request: web.Request) -> web.StreamResponse:
@@ -67,7 +71,16 @@ async def choose(page: Page) -> web.StreamResponse:
         return page.go(_home(page.visitor))
     async with page.db.worker() as conn:
         rows = await tenants.list_tenants(conn, None, TENANTS_SHOWN)
-    return page.show("tenants.html", tenants=rows, more=len(rows) == TENANTS_SHOWN)
+        gateways = await leases.gateways(conn, alive_seconds=ALIVE_SECONDS)
+    now = datetime.now(UTC)
+    return page.show(
+        "tenants.html",
+        tenants=rows,
+        more=len(rows) == TENANTS_SHOWN,
+        gateways=[
+            {**row, "silent": max(0, round((now - row["heartbeat_at"]).total_seconds()))} for row in gateways
+        ],
+    )
 
 
 async def create_tenant(page: Page) -> web.StreamResponse:
@@ -80,7 +93,7 @@ async def create_tenant(page: Page) -> web.StreamResponse:
     async with page.db.worker() as conn:
         row = await tenants.create_tenant(conn, name, {})
     log.info("tenant.created", tenant_id=row["id"], key_id=page.visitor.key_id)
-    return page.go(f"/console/{row['id']}", "The tenant is there. Add its first number.")
+    return page.go(f"/console/{row['id']}", "The tenant is there. Add its first channel.")
 
 
 def _form(

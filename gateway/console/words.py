@@ -11,6 +11,7 @@ from zoneinfo import ZoneInfo
 
 from core.channel import SessionStatus
 from core.store.sessions import SessionRow
+from gateway.console import kinds
 
 Tone = Literal["good", "busy", "calm", "bad"]
 
@@ -33,17 +34,19 @@ STATUS: dict[str, tuple[str, Tone]] = {
 REASONS = {
     "qr_timeout": "Nobody scanned the code in time.",
     "wrong_number": "Another number was scanned. It has been logged out again.",
-    "already_live": "This number is connected here already, under another entry. The new link was undone.",
+    "already_live": "It is connected here already, under another entry. The new link was undone.",
     "logged_out_by_phone": "The phone removed this device from its linked devices.",
     "logged_out": "It was logged out.",
     "deleted": "It was logged out from here. Its conversations are kept.",
     "stream_replaced": "The same linked device was opened elsewhere.",
-    "temporary_ban": "WhatsApp has banned this number for a while.",
+    "temporary_ban": "The channel has banned it for a while.",
     "client_outdated": "WhatsApp refuses this version of the client.",
-    "auth_failed": "The sign-in was refused.",
+    "auth_failed": "Its user name or password is refused.",
+    "invalid_token": "Its token is refused.",
+    "no_token": "It has no token.",
     "connect_failure": "The channel refused the connection; it is tried again.",
     "child_failed": "The WhatsApp client does not start.",
-    "folder_taken": "Another gateway holds this number’s files.",
+    "folder_taken": "Another gateway holds its files.",
     "journal_failed": "Messages cannot be written to disk, so none is taken.",
     "keys_missing": "The keys of this link are not on this machine any more.",
     "gateway_gone": "The gateway that held it has stopped.",
@@ -64,7 +67,7 @@ DECISIONS = {
     "ignore": "Not answered",
 }
 WHY = {
-    "no_agent": "no agent is set for this number",
+    "no_agent": "no agent is set here",
     "group": "it is a group",
     "opted_out": "this person opted out",
     "opt_out": "they asked not to be contacted",
@@ -98,7 +101,6 @@ KINDS = {
     "unsupported": "Message of another kind",
 }
 ORIGINS = {"console": "A person", "phone": "Typed on the phone", "api": "By the API", "agent": "Agent"}
-CHANNELS = {"whatsapp": "WhatsApp", "email": "E-mail", "telegram": "Telegram"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +111,18 @@ class Standing:
     tone: Tone
     reason: str | None
     action: str | None
-    step: Literal["pair", "watch", "connect", "wait", "none"]
+    step: Literal["pair", "watch", "connect", "credentials", "wait", "none"]
     """The button that leads on."""
 
 
-def standing(session: SessionRow) -> Standing:
+NEEDS_CREDENTIALS = frozenset(
+    {"auth_failed", "invalid_token", "no_token", "secret_key_missing", "secret_damaged"}
+)
+"""Reasons that new credentials mend."""
+
+
+def standing(session: SessionRow, *, pairs: bool) -> Standing:
+    """`pairs`: a phone is linked to sessions of this channel; others log in with credentials."""
     label, tone = STATUS.get(session.status, (session.status.value, "calm"))
     code = session.status_reason or (
         session.pairing_reason if session.pairing_state in ("timeout", "failed") else None
@@ -123,7 +132,7 @@ def standing(session: SessionRow) -> Standing:
         return Standing(
             "Logging out", "busy", None, "It is being logged out; this takes a few seconds.", "wait"
         )
-    if pairable(session):
+    if pairs and pairable(session):
         if linking(session):
             return Standing("Waiting for the phone", "busy", reason, session.action, "watch")
         if session.status == SessionStatus.DISCONNECTED:
@@ -132,7 +141,14 @@ def standing(session: SessionRow) -> Standing:
         if code in ("qr_timeout", "timeout"):
             advice = "Ask for a new code when the phone is at hand."
         return Standing(label, tone, reason, sentence(advice), "pair")
+    if not pairs and needs_credentials(session):
+        advice = session.action or "Enter its credentials again."
+        return Standing(label, "bad", reason, sentence(advice), "credentials")
     if session.status == SessionStatus.DISCONNECTED:
+        if session.wanted == "connected" and not pairs:
+            # It tries by itself, as long as somebody wants it connected.
+            advice = session.action or "It is tried again by itself."
+            return Standing(label, "busy", reason, sentence(advice), "wait")
         return Standing(
             label, tone, reason, sentence(session.action or "Connect it to send and receive."), "connect"
         )
@@ -151,7 +167,7 @@ def linking(session: SessionRow) -> bool:
 
 def pairable(session: SessionRow) -> bool:
     """Whether a phone can be linked now; not while it is linked, suspended or being removed."""
-    if session.channel_type != "whatsapp" or session.wanted == "deleted":
+    if session.wanted == "deleted":
         return False
     if session.status in (SessionStatus.ACTIVE, SessionStatus.SUSPENDED):
         return False
@@ -162,12 +178,25 @@ def pairable(session: SessionRow) -> bool:
     return True
 
 
-def number(session: SessionRow) -> str:
-    return "Number not known yet" if session.pending else session.identifier
+def needs_credentials(session: SessionRow) -> bool:
+    """It cannot go on with what is kept."""
+    return session.status == SessionStatus.LOGGED_OUT or session.status_reason in NEEDS_CREDENTIALS
+
+
+def own_address(session: SessionRow) -> str:
+    if session.pending:
+        return f"{kinds.of(session.channel_type).thing.capitalize()} not known yet"
+    return session.identifier
 
 
 def title(session: SessionRow) -> str:
-    return session.name or (number(session) if not session.pending else f"Number {session.id}")
+    if session.name:
+        return session.name
+    return (
+        f"{kinds.of(session.channel_type).thing.capitalize()} {session.id}"
+        if session.pending
+        else session.identifier
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,10 @@ from core.outbound import OutboundWorker
 from core.secrets import KeyRing
 from core.settings import Settings
 from core.store import keys as key_store
+from gateway import console
 from gateway.api import Limits, Runner, Services, WebhookSpool, make_app
 from gateway.api.auth import SCOPES, new_key
+from gateway.app import key_checker
 from gateway.sessions import SessionManager
 from gateway.whatsapp.convert import convert_webhook
 from gateway.whatsapp.settings import check as settings_check
@@ -209,6 +211,7 @@ async def running_api(
     limits: Limits | None = None,
     real_sessions: bool = False,
     more_kinds: Mapping[str, ChannelKind] | None = None,
+    with_console: bool = False,
 ) -> AsyncIterator[Api]:
     metrics = Metrics()
     platform = FakePlatform()
@@ -249,7 +252,10 @@ async def running_api(
             limits=limits or Limits(rate=10_000, burst=10_000),
             owner=OWNER,
         )
-        runner = Runner(make_app(services), access_log=None, shutdown_timeout=3)
+        app = make_app(services)
+        if with_console:
+            console.install(app, db=db, authenticate=key_checker(app), kinds=registry, keys=keys)
+        runner = Runner(app, access_log=None, shutdown_timeout=3)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", 0).start()

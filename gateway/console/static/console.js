@@ -26,6 +26,21 @@
     if (box.value.trim()) box.form.requestSubmit();
   });
 
+  // A form that takes seconds says so, and is sent once.
+  document.addEventListener("submit", (event) => {
+    const button = event.target.dataset.busy && event.target.querySelector("button.primary");
+    if (!button) return;
+    if (button.getAttribute("aria-busy")) { event.preventDefault(); return; }
+    button.setAttribute("aria-busy", "true");
+    button.dataset.label = button.textContent;
+    button.textContent = event.target.dataset.busy;
+  });
+  // Back from the page that followed: as it was.
+  addEventListener("pageshow", () => document.querySelectorAll("button[aria-busy]").forEach((button) => {
+    button.removeAttribute("aria-busy");
+    button.textContent = button.dataset.label;
+  }));
+
   // Whether what is shown is live.
   const connection = document.getElementById("connection");
   const say = (text, live) => {

@@ -6,17 +6,22 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser
 
-from core.database import connect
+from core.database import Database, connect
+from core.store import credentials as sealed
 from sandbox.whatsapp.phone import Phone
 from sandbox.whatsapp.sandbox import WhatsAppSandbox
+from tests.support.api import Api, running_api
 from tests.support.browser import Desk, chromium
 from tests.support.gateway import GatewayProcess
+from tests.support.log_in import Desk as Server
+from tests.support.outbound import Place, make_place
 from tests.support.postgres import PostgresServer
 
 AGENT = {
@@ -160,3 +165,60 @@ async def desk(window: Callable[..., Awaitable[Desk]], shop: Shop) -> Desk:
     opened = await window()
     await opened.sign_in(shop.key)
     return opened
+
+
+@dataclass
+class Office:
+    """A gateway with WhatsApp and the desk channel, a tenant and its key."""
+
+    api: Api
+    server: Server
+    place: Place
+    """With a WhatsApp session that is said to be active and that nobody runs: what is queued there stays."""
+    key: str
+
+    @property
+    def tenant(self) -> int:
+        return self.place.tenant_id
+
+    @property
+    def path(self) -> str:
+        return f"{self.api.url}/console/{self.tenant}"
+
+    async def kept(self, session: int) -> dict[str, object]:
+        async with self.api.db.worker() as conn:
+            return await sealed.get(conn, self.api.services.keys, tenant_id=self.tenant, session_id=session)
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="package")
+async def office(
+    postgres_server: PostgresServer, migrated_template: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Office]:
+    url = postgres_server.create_database(migrated_template)
+    database = await Database.open(url)
+    server = Server()
+    folder: Path = tmp_path_factory.mktemp("office")
+    try:
+        async with running_api(
+            database, folder, real_sessions=True, more_kinds={"desk": server.kind()}, with_console=True
+        ) as api:
+            place = await make_place(database, channel="whatsapp", name="Office")
+            yield Office(api, server, place, await api.make_key(place.tenant_id, "read", "sessions"))
+    finally:
+        await database.close()
+        postgres_server.drop_database(url)
+
+
+@pytest_asyncio.fixture(loop_scope="package")
+async def at_office(browser: Browser, office: Office) -> AsyncIterator[Callable[..., Awaitable[Desk]]]:
+    opened: list[Desk] = []
+
+    async def open_window(key: str | None = None, **options: object) -> Desk:
+        desk = await Desk.open(browser, office.api.url, **options)
+        opened.append(desk)
+        await desk.sign_in(key or office.key)
+        return desk
+
+    yield open_window
+    for desk in opened:
+        await desk.close()

@@ -145,7 +145,7 @@ async def test_nothing_can_be_written_to_a_number_that_is_logged_out(desk: Desk,
     await desk.sees("is logged out: nothing can be sent", "#delivery")
     await desk.page.fill("#text", "Yes we are")
     await desk.press("Send")
-    await desk.sees("is not linked", "#reply")
+    await desk.sees("cannot send now", "#reply")
     assert await desk.page.input_value("#text") == "Yes we are"  # not lost
     assert await shop.sql("SELECT count(*) FROM et_outbound_queue WHERE tenant_id = $1", shop.tenant) == 0
 
@@ -186,9 +186,11 @@ async def test_it_fits_a_phone_follows_the_dark_and_the_keyboard_reaches_everyth
         "",
         "/threads",
         "/messages",
-        "/numbers/new",
-        f"/numbers/{session}",
-        f"/numbers/{session}/log-out",
+        "/channels/new",
+        "/channels/new?channel=whatsapp",
+        "/outbox",
+        f"/channels/{session}",
+        f"/channels/{session}/log-out",
     )
     for url in (*(shop.path + path for path in paths), thread):
         await desk.page.goto(f"{desk.url}{url}")

@@ -83,7 +83,7 @@ async def test_a_tenants_key_sees_no_other_tenant_and_the_attempt_is_audited(
 ) -> None:
     other = (await shop.gateway.ok("POST", "/api/v1/tenants", {"name": "Other"}))["id"]
     await visitor.sign_in(shop.key)
-    for path in ("", "/threads", "/messages", "/numbers/1", "/threads/1", "/stream"):
+    for path in ("", "/threads", "/messages", "/channels/1", "/threads/1", "/stream"):
         status, text = await visitor.get(f"/console/{other}{path}")
         assert (status, "Other" in text) == (403, False), path
     rows = await shop.sql(
@@ -94,8 +94,8 @@ async def test_a_tenants_key_sees_no_other_tenant_and_the_attempt_is_audited(
     assert rows == 6
     # Another tenant's row under one's own path is simply not there.
     theirs = await shop.gateway.ok("POST", f"/sessions/{other}", {"channel_type": "whatsapp"})
-    assert (await visitor.get(f"{shop.path}/numbers/{theirs['session_id']}"))[0] == 404
-    assert (await visitor.post(f"{shop.path}/numbers/{theirs['session_id']}/pair"))[0] == 404
+    assert (await visitor.get(f"{shop.path}/channels/{theirs['session_id']}"))[0] == 404
+    assert (await visitor.post(f"{shop.path}/channels/{theirs['session_id']}/pair"))[0] == 404
 
 
 async def test_a_platform_key_chooses_a_tenant(visitor: Visitor, shop: Shop) -> None:
@@ -109,7 +109,7 @@ async def test_a_platform_key_chooses_a_tenant(visitor: Visitor, shop: Shop) -> 
 async def test_a_form_that_is_not_ours_changes_nothing(visitor: Visitor, shop: Shop) -> None:
     await visitor.sign_in(shop.key)
     for forged in ("", "x" * 32, "ß"):
-        status, _ = await visitor.post(f"{shop.path}/numbers", csrf=forged, name="Forged")
+        status, _ = await visitor.post(f"{shop.path}/channels", csrf=forged, name="Forged")
         assert status == 403
     await visitor.get("/")
     visitor.csrf = "forged"
@@ -125,12 +125,12 @@ async def test_a_key_without_the_scope_sees_no_buttons_and_may_not_press_them(
     ]
     await shop.gateway.ok("GET", f"/sessions/{shop.tenant}/{session}/qr", Accept="application/json")
     await visitor.sign_in(await shop.key_with("read"))
-    status, text = await visitor.get(f"{shop.path}/numbers/{session}")
+    status, text = await visitor.get(f"{shop.path}/channels/{session}")
     assert (status, 'id="qr"' in text, "Stop linking" in text) == (200, False, False)
     for path in (
-        "/numbers",
-        f"/numbers/{session}/disconnect",
-        f"/numbers/{session}/log-out",
+        "/channels",
+        f"/channels/{session}/disconnect",
+        f"/channels/{session}/log-out",
         "/threads/1/reply",
     ):
         status, text = await visitor.post(shop.path + path, text="x")
@@ -139,7 +139,7 @@ async def test_a_key_without_the_scope_sees_no_buttons_and_may_not_press_them(
 
 async def test_a_revoked_key_is_out_within_seconds(visitor: Visitor, shop: Shop) -> None:
     await visitor.sign_in(shop.key)
-    assert "Numbers" in (await visitor.get(shop.path))[1]
+    assert "Channels" in (await visitor.get(shop.path))[1]
     await shop.sql("UPDATE et_api_keys SET revoked_at = now() WHERE tenant_id = $1", shop.tenant)
     async with visitor.http.get(visitor.url + shop.path + "/stream") as stream:
         body = await stream.content.read()  # ends by itself
@@ -154,7 +154,7 @@ async def test_pages_say_what_is_wrong_and_let_nothing_in(visitor: Visitor, shop
         assert (status, "Start from the beginning" in text) == (404, True), path
     assert (await visitor.get(f"{shop.path}/threads?q=%00%25_%5C&show=nonsense&last=9"))[0] == 200
     assert (await visitor.get(f"{shop.path}", Cookie="tz=../../etc/passwd"))[0] == 200
-    for path in ("/console/sign-in", f"{shop.path}/numbers"):
+    for path in ("/console/sign-in", f"{shop.path}/channels"):
         for status, kind, body in (
             (415, "application/json", b"{}"),
             (415, "multipart/form-data; boundary=x", b"--nothing"),
