@@ -30,6 +30,8 @@ from gateway.email import calendar
 Json = dict[str, Any]
 
 CHANNEL = "email"
+NOBODY = "unknown@invalid"
+"""Stands for a sender that is no address."""
 UNREADABLE_CONTENT = "This mail could not be read; its original is kept."
 MOST_RAW = 512 * 1024
 """Bytes of an unreadable mail that its row holds."""
@@ -177,7 +179,7 @@ class _Mail:
         main = [one for one in bounce["failed"] if one not in copies]
         if main:
             reason = bounce.get("reason") or "the other mail server gave no reason"
-            return [self._receipt(about, "failed", f"the mail was returned by {main[0]}: {reason}")]
+            return [self._receipt(about, "failed", f"the mail to {main[0]} was returned: {reason}")]
         if any(one not in copies for one in bounce["delivered"]):
             return [self._receipt(about, "delivered", None)]
         return []
@@ -370,14 +372,14 @@ def _external(address: str) -> str:
     try:
         return external_id(CHANNEL, address)
     except Invalid:
-        return "email:unknown@invalid"
+        return f"{CHANNEL}:{NOBODY}"
 
 
-def _bare(address: str) -> str | None:
+def _bare(address: str) -> str:
     try:
         return address_of(external_id(CHANNEL, address))
     except Invalid:
-        return address[:300] or None
+        return address[:300] or NOBODY
 
 
 def _copies(payload: Mapping[str, Any]) -> frozenset[str]:

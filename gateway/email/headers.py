@@ -20,6 +20,7 @@ MOST_HEADERS = 200
 MOST_IDS = 50
 
 _ID = re.compile(r"<[^<>\r\n\0]{1,900}>")
+_RAW = re.compile("[\udc80-\udcff]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _ADDRESS = re.compile(r"[^\s@<>()\[\],;:\\\"]{1,64}@[^\s@<>()\[\],;:\\\"]{1,190}")
 
@@ -39,6 +40,8 @@ def all_raw(message: Message, name: str) -> list[str]:
 
 def unfolded(value: str) -> str:
     text = value[:MOST_CHARS].replace("\r", "").replace("\n", "")
+    if not _RAW.search(text):
+        return text
     try:
         # Bytes that are no ASCII come as surrogates: mostly UTF-8 that nobody encoded.
         return text.encode("ascii", "surrogateescape").decode("utf-8")

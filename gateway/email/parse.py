@@ -109,10 +109,10 @@ def parse(raw: bytes) -> Json:
         "text": text.tidy(words.full)[:MOST_TEXT],
         "html": "\n".join(reading.html)[:MOST_TEXT] or None,
         "headers": headers.listed(message),
-        "automatic": signs.automatic(message, sender, subject),
+        "automatic": signs.automatic(message, sender, subject) if sender else "no_sender",
         "bounce": signs.bounce(message, sender),
         "calendar": reading.calendar,
-        "attachments": reading.attachments(),
+        "attachments": reading.attachments(report=message.get_content_type() == "multipart/report"),
     }
 
 
@@ -186,7 +186,7 @@ class _Reading:
             body = text.flowed(body, delsp=str(part.get_param("delsp", "") or "").lower() == "yes")
         return Words(body, body)
 
-    def attachments(self) -> list[Json]:
+    def attachments(self, *, report: bool) -> list[Json]:
         shown = "\n".join(self.html)
         found = []
         for leaf in self._attached:
@@ -208,6 +208,8 @@ class _Reading:
                 one["description"] = described[:1000]
             if not data or (inline and kind.startswith("image/") and len(data) < SMALL_PICTURE):
                 one["left_out"] = "empty" if not data else "a small picture of the layout"
+            if report and kind in ("message/rfc822", "text/rfc822-headers"):
+                one["left_out"] = "the returned mail"
             found.append(one)
         kept = [one for one in found if "left_out" not in one]
         for one in kept[MOST_ATTACHMENTS:]:

@@ -34,8 +34,8 @@ class Problem(Exception):
 
 
 _THROTTLED = (
-    "too many", "rate limit", "ratelimit", "throttl", "try again later", "temporarily blocked", "bandwidth", "overquota",
-    "exceeded", "4.7.0", "4.7.28", "limit reached",
+    "too many", "rate limit", "ratelimit", "throttl", "greylist", "graylist", "temporarily blocked", "bandwidth",
+    "overquota", "exceeded", "4.7.0", "4.7.28", "limit reached",
 )  # fmt: skip
 _SUSPENDED = ("suspend", "disabled", "blocked", "locked", "deactivated", "account has been")
 
