@@ -37,6 +37,7 @@ from gateway import console
 from gateway.api import Runner, Services, WebhookSpool, ensure_platform_key, make_app
 from gateway.api.problems import Problem
 from gateway.api.routing import KEYS
+from gateway.email.kind import email_kind
 from gateway.media import MediaStore, MediaWorker, OutgoingMedia
 from gateway.sessions import SessionManager
 from gateway.telegram import kind as telegram
@@ -61,6 +62,7 @@ def registry(settings: Settings, metrics: Metrics) -> dict[str, ChannelKind]:
         "whatsapp": ChannelKind(
             "whatsapp", whatsapp, webhook=convert_webhook, settings=check_whatsapp_settings
         ),
+        "email": email_kind(metrics),
         "telegram": telegram(settings),
     }
 
