@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol, runtime_checkable
 
-from core.channel import Cursor, Json, MessageId, Person, Quoted
+from core.channel import Attempt, Cursor, Json, MessageId, Person, Quoted
 from core.history import Counts, Item
 
 
@@ -73,4 +73,19 @@ class ConversationSink(Protocol):
 
     async def last_said(self, message_id: MessageId) -> Quoted | None:
         """What the other side said last in the conversation of this outbound message. Raises DatabaseUnavailable."""
+        ...
+
+
+@runtime_checkable
+class IntentSink(Protocol):
+    """For a channel that cannot be asked what became of a call: it writes down, before each, that it begins."""
+
+    async def intend(self, attempt: Attempt) -> bool:
+        """Durable when it returns: the call may be made now. False: it has been settled that this attempt is never made.
+        Raises DatabaseUnavailable."""
+        ...
+
+    async def never_called(self, attempt: Attempt) -> bool:
+        """True: this attempt's call was not begun, and no `intend` of it will be granted any more. Raises
+        DatabaseUnavailable."""
         ...

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from core import log as logs
 from core.channel import (
+    Attempt,
     Channel,
     ChannelKind,
     Cursor,
@@ -363,6 +364,12 @@ class Sink:
 
     async def last_said(self, message_id: MessageId) -> Quoted | None:
         return await self._runner._store.last_said(self._runner.row.tenant_id, message_id)
+
+    async def intend(self, attempt: Attempt) -> bool:
+        return await self._runner._store.intend(attempt)
+
+    async def never_called(self, attempt: Attempt) -> bool:
+        return await self._runner._store.never_called(attempt)
 
     async def state(self, state: SessionState) -> None:
         self._runner.heard()

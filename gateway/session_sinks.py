@@ -13,12 +13,12 @@ from typing import TypeVar
 import asyncpg
 
 from core import log as logs
-from core.channel import Cursor, MessageId, Person, Quoted, SessionId, TenantId
+from core.channel import Attempt, Cursor, MessageId, Person, Quoted, SessionId, TenantId
 from core.database import Database, is_transient
 from core.errors import DatabaseUnavailable
 from core.history import Counts, HistoryImport, Item
 from core.sinks import Written
-from core.store import conversations, leads, messages, replies
+from core.store import conversations, intents, leads, messages, replies
 from core.store.audit import Conn
 
 log = logs.get(part="sessions")
@@ -119,6 +119,16 @@ class SessionStore:
             from_me=False,
             raw_payload=row["raw_payload"] or {},
         )
+
+    async def intend(self, attempt: Attempt) -> bool:
+        return await self._intent(attempt, "called") == "new called"
+
+    async def never_called(self, attempt: Attempt) -> bool:
+        return (await self._intent(attempt, "withdrawn")).endswith("withdrawn")
+
+    async def _intent(self, attempt: Attempt, kind: str) -> str:
+        ids = (attempt.tenant_id, attempt.session_id, attempt.queue_id, attempt.claim_epoch)
+        return await self._with(lambda conn: intents.write(conn, *ids, kind))
 
     async def _with(self, work: Callable[[Conn], Awaitable[T]]) -> T:
         try:

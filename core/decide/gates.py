@@ -70,6 +70,8 @@ def _message_gate(context: Context, message: Incoming) -> Decision | None:
         return Decision("ignore", _WITHOUT_ANSWER[message.message_type])
     if message.media and message.media.get("call") in ("declined", "answered"):
         return Decision("ignore", "call")
+    if message.media and message.media.get("notice") is True:
+        return Decision("ignore", "notice")
     return None
 
 

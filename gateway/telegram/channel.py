@@ -33,7 +33,7 @@ from core.channel import (
     Unknown,
 )
 from core.errors import DatabaseUnavailable, NotSentError, ThrottledError
-from core.sinks import ConversationSink, PullSink
+from core.sinks import ConversationSink, IntentSink, PullSink
 from gateway.telegram import outgoing, settings, states
 from gateway.telegram.api import OFFICIAL, BotApi, Flood, Timings, upload
 from gateway.telegram.convert import migration
@@ -70,6 +70,7 @@ class TelegramChannel:
         self._polls = Polls()
         self._state = states.disconnected()
         self._api: BotApi | None = None
+        self._link: Link | None = None
         self._run: asyncio.Task[None] | None = None
         self._keeping: set[asyncio.Task[None]] = set()
         self._calls: set[tuple[int, int]] = set()
@@ -96,10 +97,10 @@ class TelegramChannel:
             if api is None:
                 return
             self._api = api
-            link = Link(
+            self._link = Link(
                 self._context, self._sink, api, self._settings, self._polls, self._publish, self._timings
             )
-            self._run = asyncio.create_task(link.run(), name=f"telegram.{self._context.session_id}")
+            self._run = asyncio.create_task(self._link.run(), name=f"telegram.{self._context.session_id}")
 
     async def _open(self) -> BotApi | None:
         credentials = self._context.credentials
@@ -170,6 +171,7 @@ class TelegramChannel:
             self._calls.discard(key)
 
     async def _hand_over(self, api: BotApi, draft: Draft, attempt: Attempt) -> Sent:
+        await self._intend(attempt)
         faults.point("telegram.send.command")
         try:
             result = await self._call(api, draft)
@@ -237,12 +239,33 @@ class TelegramChannel:
             )
         return self._api
 
+    async def _intend(self, attempt: Attempt) -> None:
+        """Telegram cannot be asked what became of a call, so it is written down that one begins: only what was not
+        written down is known not to have been sent. Raises ThrottledError."""
+        if not isinstance(self._sink, IntentSink):
+            return
+        try:
+            granted = await self._sink.intend(attempt)
+        except DatabaseUnavailable as error:
+            raise ThrottledError(
+                "The send could not be written down, so it was not begun.",
+                retry_after=1.0,
+                code="intent_failed",
+            ) from error
+        if not granted:
+            raise ThrottledError(
+                "Another gateway has settled this attempt, so it was not begun.",
+                retry_after=1.0,
+                code="settled",
+            )
+
     async def resolve(self, attempt: Attempt) -> Sent | NotSent | Unknown:
-        """Telegram cannot be asked what became of a call, and knows no id of ours."""
         key = (int(attempt.queue_id), attempt.claim_epoch)
-        return Unknown(
-            "still_sending" if key in self._calls else "no_way_to_tell", attempt.channel_message_id
-        )
+        if key in self._calls:
+            return Unknown("still_sending", attempt.channel_message_id)
+        if isinstance(self._sink, IntentSink) and await self._sink.never_called(attempt):
+            return NotSent("never_called")
+        return Unknown("cut_off", attempt.channel_message_id)
 
     # ---- where it goes ----
 
@@ -267,10 +290,16 @@ class TelegramChannel:
         """Where in a chat with topics: beside what is answered, else where the other side wrote last."""
         if message.quoted is not None:
             return outgoing.topic_of(message.quoted)
-        # Only groups and bots that have topics switched on; both say so in what they send.
-        if message.message_type in (MessageType.REACTION, MessageType.EDITED, MessageType.DELETED):
-            return None
-        if not isinstance(self._sink, ConversationSink):
+        about_another = message.message_type in (
+            MessageType.REACTION,
+            MessageType.EDITED,
+            MessageType.DELETED,
+        )
+        # Private chats have topics only with bots that have them switched on.
+        may_have = outgoing.chat_of(message.attempt.recipient) < 0 or (
+            self._link is not None and self._link.topics
+        )
+        if about_another or not may_have or not isinstance(self._sink, ConversationSink):
             return None
         try:
             async with asyncio.timeout(TOPIC_SECONDS):

@@ -64,6 +64,8 @@ class Link:
         self._publish = publish
         self._pull = sink if isinstance(sink, PullSink) else None
         self._me = states.active(context.identifier, None)
+        self.topics = False
+        """Whether private chats with this bot have topics."""
         self._offset: int | None = None
         self._moved_at = 0.0
         self._failures = 0
@@ -85,6 +87,7 @@ class Link:
     async def _log_in(self) -> None:
         me = obj(await self._api.call("getMe"))
         username, name = text_of(me.get("username")), person_name(me)
+        self.topics = me.get("has_topics_enabled") is True
         identifier = f"@{username}" if username else f"telegram:{self._api.bot_id}"
         cursors = await self._cursors()
         stored = obj(cursors[CURSOR].value) if CURSOR in cursors else {}
