@@ -1,5 +1,5 @@
 # Sourced by scripts/demo and scripts/test: a Python, a virtual environment in .venv, and the system parts asked for.
-# setup EXTRA PART...   installs this project with the extra into .venv and makes sure of each part: libmagic postgres promtool chromium
+# setup EXTRA PART...   installs this project with the extra into .venv and makes sure of each part: libmagic postgres promtool chromium dovecot
 
 fail() { echo "$*" >&2; exit 1; }
 
@@ -17,11 +17,12 @@ have() {
     postgres) ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 ;;
     promtool) command -v promtool >/dev/null 2>&1 ;;
     chromium) [ -x /usr/bin/chromium ] ;;
+    dovecot) [ -x /usr/sbin/dovecot ] && [ -x /usr/lib/dovecot/imap ] ;;
   esac
 }
 
 package_of() {
-  case "$1" in libmagic) echo libmagic1 ;; postgres) echo postgresql ;; promtool) echo prometheus ;; chromium) echo chromium ;; esac
+  case "$1" in libmagic) echo libmagic1 ;; postgres) echo postgresql ;; promtool) echo prometheus ;; chromium) echo chromium ;; dovecot) echo dovecot-imapd ;; esac
 }
 
 ensure_part() {
