@@ -175,7 +175,7 @@ class Supervisor:
             waiter.cancel()
         if done:
             return
-        pong = await child.ask("ping", seconds=self._timings.ping)
+        pong = await child.ask("ping", seconds=self._timings.pong)
         now = self._clock()
         if self.pairing is not None:
             if now >= self.pairing.deadline:

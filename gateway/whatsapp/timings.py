@@ -32,7 +32,9 @@ class Timings:
     stop: float = 4.0
     """A polite stop before the kill."""
     ping: float = 5.0
-    """Between two pings of the child, and for the answer."""
+    """Between two pings of the child."""
+    pong: float = 5.0
+    """For the answer."""
     silence: float = 60.0
     """WhatsApp said nothing for so long (its keep-alive answers come every 30 s): ask it something."""
     probe: float = 10.0

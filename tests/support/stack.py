@@ -151,7 +151,12 @@ class Stack:
         assert not doubled, doubled
 
     async def child_pid(self) -> int:
-        """The process id of this session's WhatsApp child: a child process of the gateway that runs the client."""
+        """The process id of this session's WhatsApp child, once there is one: a child process of the gateway that runs
+        the client."""
+        pid: int = await self.until(self._child_pid, "the gateway has a WhatsApp child")
+        return pid
+
+    async def _child_pid(self) -> int | None:
         assert self.gateway.process is not None
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -163,7 +168,7 @@ class Stack:
                 continue
             if parent == self.gateway.process.pid and b"gateway.whatsapp.client" in command:
                 return int(entry.name)
-        raise AssertionError("the gateway has no WhatsApp child")
+        return None
 
 
 def kill(pid: int) -> None:

@@ -36,12 +36,13 @@ from tests.support.whatsapp_sink import MemorySink
 
 QUICK = Timings(
     ping=0.3,
+    pong=2.0,
     silence=1.0,
-    probe=1.0,
+    probe=2.0,
     grace=1.0,
     backoff_first=0.05,
     backoff_cap=1.0,
-    reconnect=5.0,
+    reconnect=15.0,
     poll=0.1,
     store_retry=0.05,
     store_retry_cap=0.2,
