@@ -160,6 +160,63 @@ def session_list(tenant_id: int) -> None:
         click.echo(f"{row.id}\t{row.channel_type}\t{row.identifier}\t{row.status}{reason}")
 
 
+_CREDENTIALS = click.option(
+    "--credentials",
+    "file",
+    type=click.File("rb"),
+    help="A JSON file of them, - for standard input; left out: they are asked for. Never on the command line.",
+)
+
+
+@session.command("add")
+@click.argument("tenant_id", type=int)
+@click.argument("channel")
+@click.option("--name", help="What you call it; customers do not see it.")
+@click.option("--workspace", "workspace_id", type=int, help="Where new contacts go; its agent answers them.")
+@click.option("--connect", is_flag=True, help="Want it live at once.")
+@_CREDENTIALS
+def session_add(
+    tenant_id: int,
+    channel: str,
+    name: str | None,
+    workspace_id: int | None,
+    connect: bool,
+    file: BinaryIO | None,
+) -> None:
+    """Add a session of CHANNEL (whatsapp, email, telegram); prints its id.
+
+    Credentials are checked by logging in once, and kept encrypted. A WhatsApp number is linked with its phone afterwards,
+    in the console.
+    """
+    from gateway.commands import admin, asking
+
+    kind = admin.channel_kind(settings.load(), channel)
+    given = asking.credentials(kind, file)
+    row = _administer(
+        "add_session", tenant_id, channel, given, name=name, workspace_id=workspace_id, connect=connect
+    )
+    if kind.check_credentials is None:
+        click.echo(
+            f"session {row.id}: link it with its phone in the console, or GET /sessions/{tenant_id}/{row.id}/qr"
+        )
+        return
+    after = "" if connect else f"; start it with `python -m gateway session connect {row.id}`"
+    click.echo(f"session {row.id}: {row.identifier} was accepted{after}")
+
+
+@session.command("credentials")
+@click.argument("session_id", type=int)
+@_CREDENTIALS
+def session_credentials(session_id: int, file: BinaryIO | None) -> None:
+    """Give a session new credentials: all of them, of the same account. They are checked first."""
+    from gateway.commands import admin, asking
+
+    row = _administer("session_of", session_id)
+    given = asking.credentials(admin.channel_kind(settings.load(), row.channel_type), file)
+    row = _administer("change_credentials", session_id, given)
+    click.echo(f"session {session_id}: the new credentials of {row.identifier} were accepted")
+
+
 @session.command("connect")
 @click.argument("session_id", type=int)
 def session_connect(session_id: int) -> None:
@@ -199,11 +256,11 @@ def doctor() -> None:
     sys.exit(run(checks.run(settings.load())))
 
 
-def _administer(function: str, *args: Any) -> Any:
+def _administer(function: str, *args: Any, **named: Any) -> Any:
     from gateway.commands import admin
 
     log.configure("error", stream=sys.stderr)
-    return run(getattr(admin, function)(settings.load(), *args))
+    return run(getattr(admin, function)(settings.load(), *args, **named))
 
 
 if __name__ == "__main__":

@@ -171,6 +171,14 @@ async def get(conn: Conn, tenant_id: int, session_id: int) -> SessionRow:
     return _row(row)
 
 
+async def find(conn: Conn, session_id: int) -> SessionRow:
+    """One session, whosever it is: for the person who runs the server. Raises NotFound."""
+    row = await conn.fetchrow(f"SELECT {_COLUMNS} {_FROM} WHERE s.id = $1", session_id)
+    if row is None:
+        raise NotFound(f"session {session_id} does not exist")
+    return _row(row)
+
+
 async def by_identifier(conn: Conn, tenant_id: int, channel_type: str, identifier: str) -> SessionRow | None:
     """The tenant's session with this address; its row stays locked until the transaction ends."""
     row = await conn.fetchrow(

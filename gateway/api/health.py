@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from asyncpg import Record
 from pydantic import Field
 
 from core.database import Database, is_unavailable
-from core.store import overview
+from core.store import leases, overview
 from gateway.api import auth
 from gateway.api.auth import Principal
 from gateway.api.models import NoBody, NoQuery, View
@@ -23,6 +24,8 @@ routes = Routes("health")
 
 FRESH_SECONDS = 1.0
 SHOWN_SESSIONS = 1000
+ALIVE_SECONDS = 30.0
+"""A gateway says every 10 s that it lives; after this long without a word its sessions may be taken."""
 
 
 class OwnedSession(View):
@@ -34,6 +37,18 @@ class OwnedSession(View):
     wanted: str
     owner: str | None
     here: bool
+
+
+class GatewayState(View):
+    owner: str
+    host: str
+    started_at: datetime
+    heartbeat_at: datetime
+    alive: bool = Field(
+        description="It has said so in the last 30 s. One that was stopped is not listed at all."
+    )
+    here: bool = Field(description="It is the one that answers.")
+    sessions: int = Field(description="How many it holds; a tenant's key counts the tenant's own.")
 
 
 class JournalState(View):
@@ -49,6 +64,9 @@ class Health(View):
     )
     timestamp: datetime
     sessions: list[OwnedSession] | None = None
+    gateways: list[GatewayState] | None = Field(
+        None, description="Those on this database; to a tenant's key, those that hold its sessions."
+    )
     workers: dict[str, bool] | None = None
     journal: JournalState | None = None
     queue: dict[str, int] | None = None
@@ -153,10 +171,13 @@ async def _details(
     owned = services.sessions.owned() if services.sessions is not None else frozenset()
     seen = [row for row in view.rows if principal.platform or row["tenant_id"] == principal.tenant_id]
     queue: dict[str, int] | None = None
+    gateways: list[GatewayState] | None = None
     try:
         if view.reachable:
             async with services.db.worker() as conn:
                 queue = await overview.queue(conn, principal.tenant_id)
+                known = await leases.gateways(conn, alive_seconds=ALIVE_SECONDS)
+            gateways = _gateways(services, known, principal, Counter(row["owner"] for row in seen))
     except Exception as error:
         if not is_unavailable(error):
             raise
@@ -164,7 +185,23 @@ async def _details(
         "sessions": [
             OwnedSession(**dict(row), here=row["session_id"] in owned) for row in seen[:SHOWN_SESSIONS]
         ],
+        "gateways": gateways,
         "workers": workers,
         "journal": JournalState(spool=services.spool.depth, writable=_durable(services)),
         "queue": queue,
     }
+
+
+def _gateways(
+    services: Services, known: list[Record], principal: Principal, holding: Counter[str | None]
+) -> list[GatewayState]:
+    """A tenant learns of the gateways that run its own sessions, and counts these alone."""
+    return [
+        GatewayState(
+            **{name: row[name] for name in ("owner", "host", "started_at", "heartbeat_at", "alive")},
+            here=row["owner"] == services.owner,
+            sessions=row["sessions"] if principal.platform else holding[row["owner"]],
+        )
+        for row in known
+        if principal.platform or holding[row["owner"]]
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from asyncpg import Record
 from pydantic import Field
@@ -243,7 +243,7 @@ async def dispatch_next(call: Call[TenantQuery, NoBody]) -> Reply:
     )
 
 
-async def _item(call: Call[NoQuery, NoBody]) -> Outbound:
+async def _item(call: Call[NoQuery, Any]) -> Outbound:
     async with call.db.tenant(call.tenant_id) as conn:
         row = await store.read(conn, call.tenant_id, call.id("queue_id"))
     if row is None:
@@ -310,3 +310,42 @@ async def retry(call: Call[NoQuery, NoBody]) -> Outbound:
             subject_id=call.id("queue_id"),
         )
     return await _item(call)
+
+
+class Settled(Body):
+    outcome: Literal["arrived", "given_up"] = Field(
+        description="`arrived`: somebody has seen it on the other side; the message becomes `delivered`."
+        " `given_up`: it becomes `failed`."
+    )
+
+
+@routes.add(
+    "POST",
+    "/api/v1/messaging/outbound/{queue_id}/settle",
+    access="subject",
+    subject=SUBJECT,
+    scope="admin",
+    returns={200: Outbound},
+    problems=(409,),
+)
+async def settle(call: Call[NoQuery, Settled]) -> Outbound:
+    """Say what became of an `unknown` item: a person has looked. 409 when it is not unknown any more."""
+    queue_id = call.id("queue_id")
+    async with call.db.tenant(call.tenant_id) as conn:
+        done = await store.settle(conn, call.tenant_id, queue_id, arrived=call.body.outcome == "arrived")
+        if done:
+            await audit.write(
+                conn,
+                "outbound_settled",
+                tenant_id=call.tenant_id,
+                actor=call.caller.actor,
+                subject_type="outbound",
+                subject_id=queue_id,
+                detail={"outcome": call.body.outcome},
+            )
+    item = await _item(call)
+    if not done:
+        raise Problem(
+            409, "not_unknown", f"the item is {item.status}; only one that is unknown can be settled"
+        )
+    return item

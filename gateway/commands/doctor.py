@@ -18,10 +18,12 @@ from core.database import Database, open_owner
 from core.errors import GatewayError
 from core.secrets import KeyRing
 from core.settings import Settings
+from core.store import leases, pilot
 from gateway.app import writable_directory
 from gateway.commands.admin import database_url
 
 LOW_DISK = 1 << 30
+ALIVE_SECONDS = 30.0
 
 Line = tuple[str, str]
 
@@ -78,7 +80,7 @@ async def _database(settings: Settings) -> list[Line]:
             db = await Database.open(url, application_name="channel-gateway doctor")
             try:
                 lines = [("ok", f"PostgreSQL {version} answers; roles and policies are as they must be")]
-                for check in (_sessions, _queue, _waiting, _pilot):
+                for check in (_gateways, _sessions, _queue, _waiting, _pilot):
                     lines += await _asked(db, check)
                 return lines
             finally:
@@ -134,7 +136,7 @@ async def _queue(conn: Any) -> list[Line]:
         lines.append(
             (
                 "MEND",
-                f"{row['unknown']} sends have an unknown outcome: GET /api/v1/messaging/outbound?status=unknown",
+                f"{row['unknown']} sends have an unknown outcome: decide about each in the console, under Outbox",
             )
         )
     return lines
@@ -156,21 +158,42 @@ async def _waiting(conn: Any) -> list[Line]:
     return [("ok", "no inbound message waits for a decision")]
 
 
+async def _gateways(conn: Any) -> list[Line]:
+    """Who is there, and how much each holds."""
+    lines: list[Line] = []
+    for row in await leases.gateways(conn, alive_seconds=ALIVE_SECONDS):
+        held = "1 session" if row["sessions"] == 1 else f"{row['sessions']} sessions"
+        if row["alive"]:
+            lines.append(("ok", f"gateway {row['owner']} on {row['host']} is alive and holds {held}"))
+        else:
+            lines.append(
+                (
+                    "note",
+                    f"gateway {row['owner']} on {row['host']} is silent since {row['heartbeat_at']:%Y-%m-%d %H:%M:%S %Z};"
+                    " others take its sessions when its leases run out",
+                )
+            )
+    return lines or [("note", "no gateway runs on this database")]
+
+
 async def _pilot(conn: Any) -> list[Line]:
-    """The figures of the last 24 hours; duplicates are counted by the running gateway, see `/metrics`."""
-    row = await conn.fetchrow(
-        """
-        SELECT count(*) FILTER (WHERE status = 'sent') AS sent,
-               count(*) FILTER (WHERE status IN ('sent', 'failed', 'unknown')) AS finished,
-               coalesce(sum(retry_count), 0) AS retries
-        FROM et_outbound_queue
-        WHERE updated_at > now() - INTERVAL '24 hours'
-        """
-    )
-    rate = f"{100 * row['sent'] / row['finished']:.2f} %" if row["finished"] else "no sends yet"
-    retries = f"{row['retries'] / row['finished']:.3f}" if row["finished"] else "–"
-    return [
-        ("note", f"send success rate, 24 h: {rate}"),
-        ("note", f"retries per send, 24 h: {retries}"),
-        ("note", "duplicates suppressed: gateway_duplicates_suppressed_total in /metrics"),
-    ]
+    """The three figures the pilot is judged by, by channel."""
+    lines: list[Line] = []
+    for hours, span in ((24, "24 hours"), (7 * 24, "7 days")):
+        found = await pilot.figures(conn, hours=hours)
+        lines += [("note", f"last {span}, {_told(one)}") for one in found]
+        if not found:
+            lines.append(("note", f"last {span}: nothing was sent, no duplicate came"))
+    return lines
+
+
+def _told(one: pilot.Figures) -> str:
+    parts = [f"{one.channel}:"]
+    if one.success is None or one.retries_per_send is None:
+        parts.append("no send has ended yet;")
+    else:
+        parts.append(f"send success rate {100 * one.success:.2f} % ({one.sent} of {one.finished}")
+        parts[-1] += f", {one.unknown} unknown);" if one.unknown else ");"
+        parts.append(f"retries per send {one.retries_per_send:.3f};")
+    parts.append(f"duplicates suppressed {one.duplicates}")
+    return " ".join(parts)

@@ -73,6 +73,8 @@ class LiveView:
                         await _write(response, b"event: signed-out\ndata:\n\n")
                         break
                     chunk = await self._changes(page, shown)
+                except ConnectionResetError:
+                    break  # the browser has gone
                 except Exception as error:
                     if not is_unavailable(error):
                         log.error("console.stream_failed", error=repr(error)[:300])

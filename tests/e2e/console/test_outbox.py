@@ -81,7 +81,7 @@ async def test_an_operator_sees_what_is_in_doubt_and_decides(
 
     # What never went out needs no such promise.
     await desk.page.goto(f"{office.path}/outbox/{refused}")
-    await desk.sees("It never went out, so it cannot arrive twice.", "#item")
+    await desk.sees("It did not reach this person, so it cannot arrive twice.", "#item")
     await desk.press("Send again")
     await desk.sees("It is in the queue again.")
 

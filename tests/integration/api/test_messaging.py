@@ -9,7 +9,7 @@ import pytest
 
 from core.errors import RefusedError
 from tests.support.api import Api, Tenant
-from tests.support.outbound import fetch, reached, value
+from tests.support.outbound import all_reached, enqueue, fetch, reached, value
 
 OUT = "/api/v1/messaging/outbound"
 
@@ -96,6 +96,27 @@ async def test_failed_items_are_found_by_status_and_sent_again(api: Api, shop: T
     assert again.status == 409
     assert await value(api.db, "SELECT count(*) FROM et_audit_log WHERE event = 'outbound_retried'") == 1
     assert (await api.get(f"{OUT}?status=strange", shop.key)).status == 422
+
+
+async def test_an_operator_settles_what_is_unknown_once(api: Api, shop: Tenant) -> None:
+    api.platform.script("sent_then_lost", "sent_then_lost")
+    ids = [await enqueue(api.db, shop.place, text, to="+60111222333") for text in ("one", "two")]
+    await all_reached(api.db, ids, "unknown")
+    settled = await api.post(f"{OUT}/{ids[0]}/settle", {"outcome": "arrived"}, shop.key)
+    assert (settled.status, settled.json["status"], settled.json["delivery_status"]) == (
+        200,
+        "sent",
+        "delivered",
+    )
+    given_up = await api.post(f"{OUT}/{ids[1]}/settle", {"outcome": "given_up"}, shop.key)
+    assert (given_up.json["status"], given_up.json["error_code"]) == ("failed", "given_up")
+    assert "a person gave it up" in given_up.json["last_error"]
+    late = await api.post(f"{OUT}/{ids[0]}/settle", {"outcome": "given_up"}, shop.key)
+    assert (late.status, late.code) == (409, "not_unknown")
+    assert (await api.post(f"{OUT}/{ids[0]}/settle", {"outcome": "lost"}, shop.key)).status == 422
+    assert len(api.platform.calls) == 2  # nothing was sent again
+    told = await fetch(api.db, "SELECT detail FROM et_audit_log WHERE event = 'outbound_settled' ORDER BY id")
+    assert [row["detail"]["outcome"] for row in told] == ["arrived", "given_up"]
 
 
 async def test_dispatch_next_sends_the_next_due_item(api: Api, shop: Tenant) -> None:

@@ -14,7 +14,7 @@ from core.database import Database
 from core.settings import Settings
 from gateway.api import ensure_platform_key
 from tests.support.api import Api, Tenant
-from tests.support.outbound import fetch, value
+from tests.support.outbound import fetch, give_lease, value
 
 FIVE = (
     "wa_messages_received_total", "wa_messages_written_total", "wa_write_errors_total", "wa_write_latency_seconds",
@@ -46,6 +46,28 @@ async def test_with_a_key_health_says_who_owns_what(api: Api, shop: Tenant) -> N
     platform = (await api.get("/health", await api.make_key(None))).json
     assert {one["tenant_id"] for one in platform["sessions"]} == {shop.id, other.id}
     assert (await api.get("/health", "wrong")).status == 401
+
+
+async def test_health_tells_which_gateways_live_and_how_much_each_holds(api: Api, shop: Tenant) -> None:
+    for owner, ago in (("gw-1", 1), ("gw-2", 2), ("gw-dead", 95)):
+        await fetch(
+            api.db,
+            "INSERT INTO et_gateways (owner, host, data_dir_id, heartbeat_at)"
+            " VALUES ($1, 'host-' || $1, 'd', now() - make_interval(secs => $2))",
+            owner,
+            ago,
+        )
+    other = await api.tenant("other")
+    await give_lease(api.db, other.place, "gw-2")
+    shown = (await api.get("/health", await api.make_key(None))).json["gateways"]
+    assert [(one["owner"], one["alive"], one["here"], one["sessions"]) for one in shown] == [
+        ("gw-1", True, True, 1),
+        ("gw-2", True, False, 1),
+        ("gw-dead", False, False, 0),
+    ]
+    # A tenant learns of those that run its own sessions.
+    assert [one["owner"] for one in (await api.get("/health", shop.key)).json["gateways"]] == ["gw-1"]
+    assert not (await api.get("/health")).json["gateways"]
 
 
 async def test_a_session_whose_journal_takes_nothing_is_503(api: Api) -> None:

@@ -102,6 +102,7 @@ ENTRIES: dict[tuple[str, str], Entry] = {
     ("GET", "/api/v1/messaging/outbound/{queue_id}"): Entry(200),
     ("POST", "/api/v1/messaging/outbound/{queue_id}/cancel"): Entry(200),
     ("POST", "/api/v1/messaging/outbound/{queue_id}/retry"): Entry(409),
+    ("POST", "/api/v1/messaging/outbound/{queue_id}/settle"): Entry(409, lambda _: {"outcome": "arrived"}),
     ("GET", "/api/v1/messaging/threads"): Entry(200, query=TENANT),
     ("GET", "/api/v1/messaging/threads/{thread_id}"): Entry(200),
     ("POST", "/api/v1/messaging/threads/{thread_id}/takeover"): Entry(200),
