@@ -144,10 +144,10 @@ def is_throttle(said: str) -> bool:
 
 def state_of(problem: Problem, identifier: str) -> SessionState:
     """The session's state while this problem lasts."""
-    status = (
-        SessionStatus.SUSPENDED
-        if problem.code in ("throttled", "account_suspended")
-        else SessionStatus.DISCONNECTED
-    )
-    reason = problem.code if problem.part != "smtp" else f"smtp_{problem.code}"
+    status = SessionStatus.DISCONNECTED
+    if problem.code in ("throttled", "account_suspended"):
+        status = SessionStatus.SUSPENDED
+    elif problem.code == "connection_lost":
+        status = SessionStatus.CONNECTING  # lines break; it is tried again at once
+    reason = f"smtp_{problem.code}" if problem.part == "smtp" else problem.code
     return SessionState(status, reason, action=problem.action, identifier=identifier)

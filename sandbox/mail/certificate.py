@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import secrets
 import ssl
 import tempfile
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ class Certificate:
 def make_certificate(days: int = 30) -> Certificate:
     """For `localhost` and 127.0.0.1."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Mail sandbox")])
+    # A name of its own: of two with one name a client that trusts both may look at the wrong one.
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Mail sandbox {secrets.token_hex(8)}")])
     now = datetime.now(UTC)
     names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
     made = (

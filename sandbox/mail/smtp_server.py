@@ -17,7 +17,7 @@ Where = Literal["mail", "data", "accepted"]
 """Before the mail is named; while it is handed over; after it was taken but before the server says so."""
 MOST_BYTES = 40 << 20
 # It prints every line that comes in, log-ins among them.
-logging.getLogger("mail.log").setLevel(logging.WARNING)
+logging.getLogger("mail.log").setLevel(logging.ERROR)
 
 
 @dataclass(slots=True)
