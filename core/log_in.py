@@ -99,8 +99,7 @@ async def check(kind: ChannelKind, given: Json, metadata: Mapping[str, Any]) -> 
         async with asyncio.timeout(CHECK_SECONDS):
             found = await kind.check_credentials(deepcopy(given), metadata)
     except InvalidField as error:
-        field = error.field if error.field.partition(".")[0] == ROOT else f"{ROOT}.{error.field}"
-        raise InvalidField(field, _without_secrets(kind, given, error.reason)) from None
+        raise InvalidField(error.field, _without_secrets(kind, given, error.reason)) from None
     except ThrottledError:
         raise
     except (Invalid, ChannelError) as error:

@@ -44,6 +44,27 @@ REASONS = {
     "auth_failed": "Its user name or password is refused.",
     "invalid_token": "Its token is refused.",
     "no_token": "It has no token.",
+    "wrong_bot": "Its token is another bot’s.",
+    "conflict": "Another program takes this bot’s messages.",
+    "webhook_changed": "Another program has set a webhook for this bot.",
+    "webhook_secret_missing": "Its webhook has no secret.",
+    "webhook_refused": "Its webhook is not accepted.",
+    "bad_proxy": "Its proxy cannot be used.",
+    "unreachable": "The channel cannot be reached.",
+    "server_error": "The channel has a fault of its own.",
+    "flood_limit": "The channel asks to be left alone for a while.",
+    "throttled": "The server asks to be left alone for a while.",
+    "account_suspended": "The provider has suspended the account.",
+    "certificate_not_trusted": "The mail server’s certificate cannot be trusted.",
+    "connection_lost": "The connection broke; it is made anew.",
+    "connection_refused": "The mail server refuses the connection.",
+    "connection_timeout": "The mail server does not answer.",
+    "credentials_invalid": "Its credentials are not complete.",
+    "folder_missing": "A folder that is to be read does not exist.",
+    "host_not_found": "There is no mail server of that name.",
+    "imap_refused": "The mail server refuses what it is asked.",
+    "tls_failed": "The mail server does not speak TLS there.",
+    "token_unavailable": "The provider gives out no token to log in with.",
     "connect_failure": "The channel refused the connection; it is tried again.",
     "child_failed": "The WhatsApp client does not start.",
     "folder_taken": "Another gateway holds its files.",
@@ -115,8 +136,16 @@ class Standing:
     """The button that leads on."""
 
 
+SENDING = "smtp_"
 NEEDS_CREDENTIALS = frozenset(
-    {"auth_failed", "invalid_token", "no_token", "secret_key_missing", "secret_damaged"}
+    {
+        "auth_failed",
+        "credentials_invalid",
+        "invalid_token",
+        "no_token",
+        "secret_key_missing",
+        "secret_damaged",
+    }
 )
 """Reasons that new credentials mend."""
 
@@ -127,7 +156,7 @@ def standing(session: SessionRow, *, pairs: bool) -> Standing:
     code = session.status_reason or (
         session.pairing_reason if session.pairing_state in ("timeout", "failed") else None
     )
-    reason = (REASONS.get(code) or sentence(code.replace("_", " "))) if code else None
+    reason = _reason(code) if code else None
     if session.wanted == "deleted":
         return Standing(
             "Logging out", "busy", None, "It is being logged out; this takes a few seconds.", "wait"
@@ -156,6 +185,13 @@ def standing(session: SessionRow, *, pairs: bool) -> Standing:
     return Standing(label, tone, reason, action, "none" if session.status == SessionStatus.ACTIVE else "wait")
 
 
+def _reason(code: str) -> str:
+    """A mailbox reads well and cannot send: `smtp_…` says what the other server's trouble is."""
+    bare = code.removeprefix(SENDING)
+    text = REASONS.get(bare) or sentence(bare.replace("_", " "))
+    return text if bare == code else f"For sending: {text[0].lower()}{text[1:]}"
+
+
 def linking(session: SessionRow) -> bool:
     """A pairing is under way: a code is shown or about to be."""
     return (
@@ -180,7 +216,8 @@ def pairable(session: SessionRow) -> bool:
 
 def needs_credentials(session: SessionRow) -> bool:
     """It cannot go on with what is kept."""
-    return session.status == SessionStatus.LOGGED_OUT or session.status_reason in NEEDS_CREDENTIALS
+    reason = (session.status_reason or "").removeprefix(SENDING)
+    return session.status == SessionStatus.LOGGED_OUT or reason in NEEDS_CREDENTIALS
 
 
 def own_address(session: SessionRow) -> str:
