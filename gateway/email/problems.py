@@ -55,7 +55,7 @@ def unreachable(part: Part, host: str, port: int, error: BaseException) -> Probl
                 part=part,
             )
         case ssl.SSLCertVerificationError():
-            why = error.verify_message or "it is not trusted"
+            why = getattr(error, "verify_message", None) or "it is not trusted"
             return Problem(
                 "certificate_not_trusted",
                 f"the certificate of {where} cannot be trusted ({why})",
@@ -66,7 +66,7 @@ def unreachable(part: Part, host: str, port: int, error: BaseException) -> Probl
         case ssl.SSLError():
             return Problem(
                 "tls_failed",
-                f"{where} speaks no TLS there ({error.reason or 'handshake failed'})",
+                f"{where} speaks no TLS there ({getattr(error, 'reason', None) or 'handshake failed'})",
                 "Choose the other kind of security (tls or starttls), or the port that fits it.",
                 lasting=True,
                 part=part,

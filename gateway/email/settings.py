@@ -114,7 +114,7 @@ def _with_defaults(given: Mapping[str, Any]) -> Json:
     for kind in ("imap", "smtp"):
         if isinstance(server := filled.get(kind), Mapping):
             security = server.get("security") or ("starttls" if server.get("port") in (143, 587) else "tls")
-            port = server.get("port") or _PORTS.get((kind, str(security)))
+            port = server.get("port") or _PORTS.get((kind, str(security)), 993)
             filled[kind] = {**server, "security": security, "port": port}
     return filled
 

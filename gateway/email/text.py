@@ -9,6 +9,7 @@ import re
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from html import unescape
 from typing import Any
 
 from inscriptis import get_text
@@ -22,6 +23,7 @@ REPLY_SECONDS = 1.0
 HTML_SECONDS = 1.5
 
 _TAG = re.compile(r"<[^<>]{0,2000}>")
+_HIDDEN = re.compile(r"<(script|style|head)\b[^>]{0,1000}>.{0,100000}?</\1\s*>", re.I | re.S)
 _BLANKS = re.compile(r"\n{3,}")
 _FORWARD = re.compile(r"\s*(fwd?|wg|tr|rv|i|vs|doorst|enc|pd)\s*:", re.I)
 _QUOTED = (
@@ -61,12 +63,14 @@ def limited(seconds: float, work: Callable[[], str], otherwise: Callable[[], str
 def from_html(source: str) -> tuple[str, str]:
     """All of its text, and the text without what it quotes."""
     full = limited(HTML_SECONDS, lambda: _rendered(_tree(source)), lambda: _stripped(source))
+    if not full.strip():
+        full = limited(HTML_SECONDS, lambda: _stripped(source), lambda: source)
     own = limited(HTML_SECONDS, lambda: _rendered(_unquoted(_tree(source))), lambda: full)
     return tidy(full), tidy(own) or tidy(full)
 
 
 def _tree(source: str) -> Any:
-    parser = html.HTMLParser(huge_tree=False, remove_comments=True, encoding="utf-8")
+    parser = html.HTMLParser(huge_tree=True, remove_comments=True, encoding="utf-8")
     return html.document_fromstring(source.encode("utf-8", "replace") or b"<p></p>", parser=parser)
 
 
@@ -84,7 +88,8 @@ def _rendered(tree: Any) -> str:
 
 
 def _stripped(source: str) -> str:
-    return _TAG.sub(" ", source)
+    """The plain way, for what no parser takes."""
+    return unescape(_TAG.sub(" ", _HIDDEN.sub(" ", source)))
 
 
 def tidy(text: str) -> str:
