@@ -79,6 +79,8 @@ class Supervisor:
         self._grace: asyncio.TimerHandle | None = None
         self._down_since: float | None = None
         self._logins = 0
+        self._just_paired = False
+        """Until the first login: it may take its time."""
         self._heal: list[dict[str, str]] = []
         self._heals: Counter[str] = Counter()
         self._wrong: str | None = None
@@ -181,7 +183,8 @@ class Supervisor:
             if now >= self.pairing.deadline:
                 self._judge(Verdict("qr_timeout", states.disconnected("qr_timeout")))
         elif self._down_since is not None:
-            if now - self._down_since >= self._timings.reconnect:
+            limit = self._timings.first_login if self._just_paired else self._timings.reconnect
+            if now - self._down_since >= limit:
                 self._judge(Verdict("not reconnected in time"))
         elif min(pong["silent_for"], now - self._heard_at) >= self._timings.silence:
             await self._probe(child)
@@ -323,7 +326,8 @@ class Supervisor:
     def _on_paired(self, line: dict[str, Any]) -> None:
         identifier = line["identifier"]
         self.pairing = None
-        self._down_since = self._clock()  # from here on it is a login that may take its time
+        self._just_paired = True
+        self._down_since = self._clock()  # from here on it is a login
         if self._is_wrong(identifier):
             self._reporter.pairing(PairingUpdate(kind="failed", identifier=identifier, reason="wrong_number"))
         else:
@@ -355,6 +359,7 @@ class Supervisor:
             self._job(self._log_out_wrong_number(self._wrong))
             return
         self._cancel_grace()
+        self._just_paired = False
         self._down_since = None
         self._heard_at = self._clock()
         self._keepalives = 0

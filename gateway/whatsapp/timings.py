@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Timings:
     """Seconds."""
 
-    start: float = 20.0
-    """From spawning a child to its first line."""
+    start: float = 60.0
+    """From spawning a child to its first answer: thirty that start at once are slow, and ending them is no help."""
     command: float = 30.0
     """Any command but a send."""
     send: float = 90.0
@@ -41,6 +41,8 @@ class Timings:
     """For that answer."""
     reconnect: float = 60.0
     """whatsmeow reconnects by itself, ever more slowly; after this long a new child does better."""
+    first_login: float = 180.0
+    """The same after a pairing: whatsmeow makes 812 keys first and waits for the disk after each of them."""
     grace: float = 5.0
     """A link that is back within this time was never reported as gone."""
     backoff_first: float = 0.2

@@ -125,7 +125,7 @@ async def test_a_taker_ends_the_recorded_child_and_gets_the_folder(session: Sess
     old = session.pid
     taker = make_session(session.wa, session.context.folder)
     os.kill(old, signal.SIGSTOP)  # its gateway is hung as well, as far as anyone can see
-    session.channel._supervisor._timings = dataclasses.replace(QUICK, ping=30.0)
+    session.channel._supervisor._timings = dataclasses.replace(QUICK, pong=30.0)
     try:
         await taker.channel.connect()
         await taker.sink.stands("active")

@@ -118,3 +118,10 @@ async def test_keys_that_cannot_be_read_are_said_and_not_replaced(session_of: Op
     state = await session.sink.stands("disconnected", "store_unreadable")
     assert "pair the number again" in (state.action or "")
     assert store_path(session.context.folder).read_bytes().startswith(b"not a database")
+
+
+async def test_a_slow_first_login_is_not_cut_off(session_of: Opener) -> None:
+    """Between the pairing and the first login whatsmeow makes 812 keys, each of them on the disk before the next."""
+    session = session_of(timings=dataclasses.replace(QUICK, ping=0.1, reconnect=0.1))
+    await session.pair()
+    assert session.metrics.child_exits.labels("whatsapp")._value.get() == 0
