@@ -130,6 +130,8 @@ class Server:
 
         if fault is not None and action is Action.ANSWER:
             note(str(fault.code))
+            if fault.description.startswith("<"):  # the page of a proxy or a web server
+                return web.Response(text=fault.description, status=fault.code, content_type="text/html")
             return _error(_ordered(fault))
         if action is Action.HANG_BEFORE:
             note("hang_before")
@@ -189,9 +191,12 @@ class Server:
                     return []
                 await self._something(bot, mine, left)
             found = list(bot.updates)[: int(params.get("limit") or 100)]
-            for update in found:
-                if update.pop("_again", None):
-                    bot.updates.remove(update)
+            again = {id(update) for update in found if update.pop("_again", None)}
+            if again:
+                # By identity: a copy that equals its original must not take the original's place in the queue.
+                kept = [update for update in bot.updates if id(update) not in again]
+                bot.updates.clear()
+                bot.updates.extend(kept)
             return found
         finally:
             if bot.polling is mine:
