@@ -56,6 +56,8 @@ class WebhookSpool:
         self._metrics = metrics
         self._waiting: dict[str, int] = {}
         """How many bodies of each session wait on disk: later ones queue up behind them."""
+        self._writing = 0
+        self._appends = 0
         self._failed_at: float | None = None
         self._tries: dict[int, int] = {}
         self._look = asyncio.Event()
@@ -97,10 +99,14 @@ class WebhookSpool:
         key = _key(tenant_id, session_id)
         # Counted before it is written, so that the next request sees it whichever is quicker.
         self._waiting[key] = self._waiting.get(key, 0) + 1
+        self._writing += 1
+        self._appends += 1
+        work = asyncio.ensure_future(asyncio.to_thread(self._journal.append, KIND, key, orjson.dumps(body)))
+        work.add_done_callback(lambda done: self._written(key, done))
         try:
-            await asyncio.to_thread(self._journal.append, KIND, key, orjson.dumps(body))
+            # A sender that goes away must not leave us in doubt of what its thread still writes.
+            await asyncio.shield(work)
         except JournalError as error:
-            self._forget(key)
             self._failed_at = time.monotonic()
             log.error("spool.write_failed", tenant_id=tenant_id, session_id=session_id, error=error.detail)
             raise
@@ -108,6 +114,11 @@ class WebhookSpool:
         self._gauge()
         self._look.set()
         log.info("spool.appended", tenant_id=tenant_id, session_id=session_id, result=self.depth)
+
+    def _written(self, key: str, done: asyncio.Future[int]) -> None:
+        self._writing -= 1
+        if done.cancelled() or done.exception() is not None:
+            self._forget(key)
 
     async def store(self, converted: Converted, *, within: float = SUBMIT_SECONDS) -> list[Stored]:
         """Into the database, messages first. Raises DatabaseUnavailable (also after too long: the rows are idempotent)."""
@@ -160,7 +171,8 @@ class WebhookSpool:
         gets it again, any other one knows it by its key. Blocking."""
         self._journal.prune()
         again = self._journal.replay(time.time() - KEEP_SECONDS)
-        self._count()
+        self._waiting = self._on_disk()
+        self._gauge()
         if self._waiting:
             log.info("spool.found", count=self.depth, result=f"{again} of them were stored before")
 
@@ -179,7 +191,7 @@ class WebhookSpool:
             if len(entries) < BATCH:
                 break
             after = entries[-1].number
-        await asyncio.to_thread(self._count)
+        await self._recount()
         return done > 0 and self.depth > len([n for n in self._tries.values() if n >= MAX_TRIES])
 
     async def _replay_together(self, batch: list[Entry]) -> bool:
@@ -244,8 +256,19 @@ class WebhookSpool:
             self._forget(entry.key)
         self._gauge()
 
-    def _count(self) -> None:
-        """What waits, read from the disk: the truth after a start, and after any doubt."""
+    async def _recount(self) -> None:
+        """Put right what the counting may have missed. Not beside an append: the disk would be read without it, and a body
+        that is on the disk and not in the count is looked at by nobody."""
+        if self._writing:
+            return
+        before = self._appends
+        waiting = await asyncio.to_thread(self._on_disk)
+        if self._appends == before:
+            self._waiting = waiting
+            self._gauge()
+
+    def _on_disk(self) -> dict[str, int]:
+        """What waits, read from the disk. Blocking."""
         waiting: dict[str, int] = {}
         after = 0
         while True:
@@ -254,9 +277,7 @@ class WebhookSpool:
                 waiting[entry.key] = waiting.get(entry.key, 0) + 1
                 after = entry.number
             if len(entries) < 500:
-                break
-        self._waiting = waiting
-        self._gauge()
+                return waiting
 
     def _forget(self, key: str) -> None:
         left = self._waiting.get(key, 0) - 1

@@ -81,7 +81,7 @@ class Plan:
         return report
 
 
-Run = Callable[[Plan], Awaitable[Report]]
+Run = Callable[..., Awaitable[Report]]
 
 
 def load(name: str) -> Run:

@@ -19,9 +19,9 @@ from tests.support.gateway import ADMIN_KEY
 
 SENDERS = 100
 POINTS = (
+    "journal.after_fsync",
     "random",
     "ingest.after_commit",
-    "journal.after_fsync",
     "ingest.before_commit",
     "journal.before_release",
     "ingest.before_insert",
@@ -32,17 +32,20 @@ POINTS = (
 
 async def run(plan: Plan, **server: Any) -> Report:
     report = plan.report("P3")
-    kills = plan.times(3, 60)
-    rate = 60.0 if plan.short else 100.0
+    kills = plan.times(2, 60)
+    rate = 40.0 if plan.short else 60.0
     async with World(plan, quick=True, **server) as world:
         shops = await world.shops("scripted", "journaled", "scripted", "whatsapp")
         await world.want(shops[:3])
-        node = await world.node()
+        node = await world.node(start=False)
+        chance = plan.rng("kills")
+        arm(node, chance, 0)
+        await node.start()
         live = [shop.session for shop in shops[:3]]
         await world.peer.traffic(live, rate=rate, senders=SENDERS, seed=f"{plan.seed}")
         job = webhooks(plan, node, shops[3], kills * 60)
         async with PosterProcess(plan.folder, "poster", job) as poster:
-            died = await kill_again_and_again(node, plan.rng("kills"), kills)
+            died = await kill_again_and_again(node, chance, kills)
             report.figures["kills"] = {"planned": kills, "at a fault point": died}
             await world.peer.hush()
             report.figures["seconds until everything was acknowledged"] = round(await world.taken_in(120), 1)
@@ -72,7 +75,7 @@ def webhooks(plan: Plan, node: Node, shop: Shop, count: int, *, every: float = 0
 
 
 async def kill_again_and_again(node: Node, chance: random.Random, kills: int) -> int:
-    """How many of the deaths were brought by a fault point."""
+    """How many of the deaths were brought by a fault point. The node is armed for the first of them."""
     died = 0
     for number in range(kills):
         point = POINTS[number % len(POINTS)]
@@ -85,8 +88,7 @@ async def kill_again_and_again(node: Node, chance: random.Random, kills: int) ->
             except TimeoutError:
                 pass
         await node.kill()
-        following = POINTS[(number + 1) % len(POINTS)] if number + 1 < kills else "random"
-        node.arm("" if following == "random" else f"{following}=kill:{chance.randint(1, 20)}")
+        arm(node, chance, number + 1 if number + 1 < kills else None)
         try:
             await node.start()
         except AssertionError:
@@ -96,6 +98,12 @@ async def kill_again_and_again(node: Node, chance: random.Random, kills: int) ->
         node.arm("")
         await node.start()
     return died
+
+
+def arm(node: Node, chance: random.Random, number: int | None) -> None:
+    """For the next life; None: it is to live."""
+    point = "random" if number is None else POINTS[number % len(POINTS)]
+    node.arm("" if point == "random" else f"{point}=kill:{chance.randint(1, 20)}")
 
 
 async def drained(world: World, shop: Shop) -> None:

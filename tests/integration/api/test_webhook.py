@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from core import faults
 from core.channel import InboundMessage, Stored
 from core.database import Database
+from core.errors import JournalError
 from core.ingest import Ingest
 from core.store import credentials
 from tests.conftest import migrate_blocking
@@ -190,6 +192,50 @@ async def test_the_spool_is_emptied_by_many_at_once(
         rows = await fetch(database, "SELECT content FROM et_messages ORDER BY id")
     assert [row["content"] for row in rows] == [f"{n}" for n in range(150)]
     assert len(sizes) < 10
+
+
+async def test_a_body_that_is_being_written_is_not_lost_to_the_count(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replay looks at the disk just before the body is on it: the body must be counted, or nobody looks at it again."""
+    async with running_api(database, tmp_path) as api:
+        shop = await api.tenant()
+        spool, journal = api.services.spool, api.journal
+        append, goes_on = journal.append, threading.Event()
+
+        def slowly(kind: str, key: str, payload: bytes) -> int:
+            assert goes_on.wait(20)
+            return append(kind, key, payload)
+
+        monkeypatch.setattr(journal, "append", slowly)
+        writing = asyncio.create_task(spool.append(shop.id, shop.session_id, baileys("late")))
+        await eventually(_always(lambda: spool.depth == 1))
+        await spool._replay()
+        goes_on.set()
+        await writing
+        await eventually(_always(lambda: spool.depth == 0))
+        rows = await fetch(database, "SELECT content FROM et_messages")
+    assert [row["content"] for row in rows] == ["late"]
+
+
+async def test_a_sender_that_goes_away_leaves_the_spool_in_no_doubt(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_api(database, tmp_path) as api:
+        shop = await api.tenant()
+        spool, goes_on = api.services.spool, threading.Event()
+
+        def fails(kind: str, key: str, payload: bytes) -> int:
+            assert goes_on.wait(20)
+            raise JournalError("the disk is full")
+
+        monkeypatch.setattr(api.journal, "append", fails)
+        writing = asyncio.create_task(spool.append(shop.id, shop.session_id, baileys("late")))
+        await eventually(_always(lambda: spool.depth == 1))
+        writing.cancel()
+        goes_on.set()
+        await eventually(_always(lambda: spool.depth == 0))
+        assert not spool.holds(shop.id, shop.session_id)
 
 
 async def test_what_can_be_neither_stored_nor_spooled_is_503_and_health_says_so(
