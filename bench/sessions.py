@@ -1,10 +1,10 @@
 """What a WhatsApp session costs: memory of its child, and how long a gateway takes from its start to active sessions.
 
-    python -m bench.sessions [--sessions 10]
+    python -m bench.sessions [--sessions 1 10 30]
 
-The real client against the sandbox. Sessions are paired first; then the gateway is stopped and started again, once with
-one session wanted and once with all. Memory is read when all are connected and idle: resident, and proportional (what
-the processes share counted once).
+The real client against the sandbox. Sessions are paired first; then the gateway is stopped and started again, for each
+number of sessions. Memory is read when all are connected and idle: resident, and proportional (what the processes share
+counted once).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench import common
@@ -20,7 +21,7 @@ from bench.common import Figure, figure
 from sandbox.whatsapp.phone import Phone
 from tests.support.stack import Stack
 
-ACTIVE_SECONDS = 90.0
+ACTIVE_SECONDS = 120.0
 MOST = 30
 
 
@@ -33,29 +34,28 @@ class Bench:
         assert self.stack.gateway.process is not None
         return self.stack.gateway.process.pid
 
-    async def run(self, count: int) -> list[Figure]:
-        found = [await self._restart(1)]
-        alone, _ = common.memory_mb(self._gateway)
-        for number in range(1, count):
-            shop = self.stack.sandbox.phone(f"+601234568{number:02}", f"Shop {number}")
-            await self.stack.pair(await self.stack.new_session(), shop)
-        found.append(await self._restart(count))
-        children = [common.memory_mb(pid) for pid in common.whatsapp_children(self._gateway).values()]
-        resident, shared = zip(*children, strict=True)
-        gateway, _ = common.memory_mb(self._gateway)
-        found.append(
-            figure(
-                f"memory of a session's child, {len(children)} idle sessions",
-                f"{sum(resident) / len(children):.0f} MB resident, {sum(shared) / len(children):.0f} MB proportional",
-            )
-        )
-        found.append(
-            figure(
-                "memory of the gateway's own process",
-                f"{alone:.0f} MB with 1 session, {gateway:.0f} MB with {count}",
-            )
-        )
+    async def run(self, counts: Sequence[int]) -> list[Figure]:
+        found: list[Figure] = []
+        paired = 1
+        for count in counts:
+            for number in range(paired, count):
+                shop = self.stack.sandbox.phone(f"+601234568{number:02}", f"Shop {number}")
+                await self.stack.pair(await self.stack.new_session(), shop)
+            paired = max(paired, count)
+            found.append(await self._restart(count))
+            found.append(self._memory())
         return found
+
+    def _memory(self) -> Figure:
+        children = [common.memory_mb(pid) for pid in common.whatsapp_children(self._gateway).values()]
+        resident, shared = (sum(numbers) / len(children) for numbers in zip(*children, strict=True))
+        own, _ = common.memory_mb(self._gateway)
+        count = len(children)
+        return figure(
+            f"memory with {count} idle session{'s' if count > 1 else ''}",
+            f"a session's child {resident:.0f} MB resident, {shared:.0f} MB proportional; "
+            f"the gateway's process {own:.0f} MB",
+        )
 
     async def _restart(self, count: int) -> Figure:
         """From the start of the process, embedded database included, to every session active."""
@@ -95,14 +95,16 @@ async def main(words: list[str] | None = None) -> list[Figure]:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--sessions", type=int, default=10, help=f"at most {MOST}")
+    parser.add_argument(
+        "--sessions", type=int, nargs="+", default=[1, 10], metavar="N", help=f"at most {MOST}"
+    )
     options = parser.parse_args(words)
     with tempfile.TemporaryDirectory(prefix="gateway-bench-") as folder:
-        async with asyncio.timeout(400), Stack(Path(folder), None) as stack:
+        async with asyncio.timeout(600), Stack(Path(folder), None) as stack:
             print(
                 f"sessions: {common.machine(await common.postgres_version(stack.database_url))}", flush=True
             )
-            return await Bench(stack).run(min(options.sessions, MOST))
+            return await Bench(stack).run(sorted({min(count, MOST) for count in options.sessions}))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ log = logs.get(part="database")
 CONNECT_SECONDS = 10.0
 STARTING_UP_SECONDS = 15.0
 STATEMENT_SECONDS = 30.0
+IDLE_IN_TRANSACTION_SECONDS = 20.0
+"""A gateway that is stopped in the middle of a transaction keeps the rows it has locked, and whoever takes its sessions over
+waits for them: the server ends the transaction before the leases run out. None of ours stands idle for a second."""
 ACQUIRE_SECONDS = 10.0
 RELEASE_SECONDS = 5.0
 CLOSE_SECONDS = 5.0
@@ -88,7 +91,7 @@ class Database:
         settings = {
             "application_name": application_name,
             "statement_timeout": f"{int(statement_seconds * 1000)}",
-            "idle_in_transaction_session_timeout": "60000",
+            "idle_in_transaction_session_timeout": f"{int(IDLE_IN_TRANSACTION_SECONDS * 1000)}",
             "lock_timeout": f"{int(statement_seconds * 500)}",
             "timezone": "UTC",
         }
@@ -106,7 +109,7 @@ class Database:
         finally:
             await _close_quietly(conn)
 
-        def pool(role: str, size: int, kind: type[_Base]) -> Pool:
+        def pool(role: str, size: int, kind: type[_Base], **more: str) -> Pool:
             # No minimum: asyncpg would rebuild it behind our back during an outage, with a traceback for every try.
             return asyncpg.create_pool(
                 url,
@@ -115,11 +118,13 @@ class Database:
                 init=_become(role),
                 reset=_no_reset,
                 connection_class=kind,
-                **common,
+                **{**common, "server_settings": {**settings, **more}},
             )
 
         workers = pool(WORKER_ROLE, worker_connections, asyncpg.Connection)
-        api = pool(API_ROLE, api_connections, _TenantConnection)
+        # Lists have filters and cursors that may be NULL. A plan for any value reads every thread of the tenant to find
+        # the latest fifty, and the server changes to one by itself at the sixth call.
+        api = pool(API_ROLE, api_connections, _TenantConnection, plan_cache_mode="force_custom_plan")
 
         async def listener() -> asyncpg.Connection[Any]:
             listening = {

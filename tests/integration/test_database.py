@@ -11,6 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from core import ownership
 from core.database import Database, is_transient, is_unavailable, open_owner
 from core.errors import DatabaseError, DatabaseRoleError, DatabaseUnavailable, SettingsError
 from tests.support.postgres import PostgresServer
@@ -119,6 +120,24 @@ async def test_role_and_tenant_survive_reuse_of_connections_without_leaking(url:
                 assert await conn.fetchval("SELECT current_user") == "et_worker"
                 await conn.execute("RESET ALL")  # asyncpg's own reset; it must not lead out of the role
                 assert await conn.fetchval("SELECT current_user") == "et_worker"
+    finally:
+        await db.close()
+
+
+async def test_a_tenants_queries_are_planned_for_the_values_they_have_however_often_they_run(
+    url: str,
+) -> None:
+    """A list with filters that may be NULL: planned for any value it would read the whole table from the sixth call on."""
+    db = await Database.open(url, api_connections=1)
+    query = "SELECT 1 FROM pg_class WHERE ($1::oid IS NULL OR oid = $1)"
+    try:
+        async with db.tenant(1) as conn:
+            for _ in range(10):
+                await conn.fetch(query, None)
+            plans = await conn.fetchrow(
+                "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement = $1", query
+            )
+        assert tuple(plans) == (0, 10)
     finally:
         await db.close()
 
@@ -488,3 +507,12 @@ async def test_close_does_not_wait_for_ever_and_may_be_repeated(
         await db.close()
         await task
         await db.close()
+
+
+async def test_a_stopped_gateway_holds_no_rows_past_its_leases(database: Database) -> None:
+    """Whoever takes its sessions over would wait for its open transaction."""
+    async with database.worker() as conn:
+        seconds = await conn.fetchval(
+            "SELECT extract(epoch FROM current_setting('idle_in_transaction_session_timeout')::INTERVAL)"
+        )
+    assert 0 < seconds < ownership.TTL
