@@ -54,8 +54,9 @@ class Line:
 
     async def say(self, chance: random.Random, count: int) -> None:
         """Messages whose text is their place in the conversation, one of them handed over twice."""
-        for _ in range(count):
-            customer = chance.choice(self.customers)
+        # Everybody writes once to begin with: a bot may not write first.
+        quiet = [customer for customer in self.customers if customer.address not in self.places]
+        for customer in quiet + chance.choices(self.customers, k=count):
             place = self.places[customer.address] = self.places.get(customer.address, 0) + 1
             message_id = await customer.say(str(place))
             self.ledger.write(OFFERED, message_id)
