@@ -72,10 +72,15 @@ class PilotKeeper:
         fresh = {c: n - self._told.get(c, 0) for c, n in counted.items() if n > self._told.get(c, 0)}
         if not fresh:
             return
-        async with self._db.worker() as conn, conn.transaction():
-            await pilot.add_duplicates(conn, fresh)
-            await pilot.forget_old(conn)
-        self._told |= counted
+        before = self._told
+        self._told = before | counted  # first, so that two writers never tell the same ones
+        try:
+            async with self._db.worker() as conn, conn.transaction():
+                await pilot.add_duplicates(conn, fresh)
+                await pilot.forget_old(conn)
+        except Exception:
+            self._told = before
+            raise
 
     async def show(self) -> None:
         """The last day as gauges. A queue too large to be read in seconds keeps the figures it had."""

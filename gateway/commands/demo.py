@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+import webbrowser
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -314,23 +315,32 @@ class Demo:
         enqueue = (
             f"et_enqueue_outbound({tenant}, {self.session}, '{CUSTOMER_NUMBER}', 'Hello', 'text', NULL, NULL)"
         )
+        console = f"{url}/?next=/console/{tenant}"
+        customer = f"{admin}/#me={CUSTOMER_NUMBER[1:]}&with={SHOP_NUMBER[1:]}"
+        spare_phone = f"{admin}/#me={SPARE_NUMBER[1:]}"
         lines = [
             "",
-            f"The console: {url}/",
-            f"  Sign in with {PLATFORM_KEY}: pair a number, watch messages arrive, answer as a person.",
-            f"The demo stays up; Ctrl-C ends it. API: {url}, described at {url}/docs, the same key.",
-            "The customer's phone, to write, send pictures, react and read by hand:",
-            f"  {admin}/#me={CUSTOMER_NUMBER[1:]}&with={SHOP_NUMBER[1:]}",
-            "  or type a line here and press Enter, or",
+            f"The console: {console}",
+            f"  Sign in with {PLATFORM_KEY}",
+            f"The customer's phone: {customer}",
+            "  1. Write “how much?” there (or type a line here and press Enter): see it come in under Latest, and the answer.",
+            "  2. Under Conversations, answer as a person; give the conversation back to the agent.",
+            f"  3. Pair the second number: Channels, Second number, “Link with a code”, {SPARE_NUMBER}. Its phone, where the",
+            f"     code is typed under “This phone”: {spare_phone}",
+            "",
+            f"API: {url}, described at {url}/docs, the same key. By hand:",
             f'    curl -s {admin}/people/{CUSTOMER_NUMBER[1:]}/send -d \'{{"to": "{SHOP_NUMBER}", "text": "how much?"}}\'',
-            "  A second number to pair: its QR, and a phone of the sandbox that scans it",
             f"    curl -s {url}/sessions/{tenant}/{spare}/qr {auth} -H 'Accept: text/plain'",
             f'    curl -s {admin}/people/{SPARE_NUMBER[1:]}/scan -d \'{{"qr": "…"}}\'   # code: Accept: application/json',
-            "  Send as a backend:",
+            "  As a backend:",
             f"    psql '{self.gateway.database_url}' -c \"SELECT {enqueue}\"",
+            "The demo stays up; Ctrl-C ends it.",
             "",
         ]
         print("\n".join(lines), flush=True)
+        if _has_screen():
+            for page in (customer, console):
+                webbrowser.open(page)
 
     async def _first_workspace(self) -> int:
         return int(
@@ -390,6 +400,14 @@ class Demo:
                 return
             await asyncio.sleep(0.02)
         raise StepFailed(f"not seen within {STEP_SECONDS:.0f} s: {what}")
+
+
+def _has_screen() -> bool:
+    """Somebody sits in front of this machine: a browser that opens is seen, and none takes the terminal over."""
+    graphical = sys.platform in ("darwin", "win32") or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
+    )
+    return graphical and sys.stdout.isatty() and not os.environ.get("SSH_CONNECTION")
 
 
 async def run(*, check: bool, without: Collection[str] = ()) -> int:
