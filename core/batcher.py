@@ -188,6 +188,8 @@ class Batcher(Generic[T, R]):
         for item in items:
             if not item.future.done():
                 item.future.set_exception(error)
+                # Whoever submitted it may be gone, and keeps or gets its message again: nobody's error to complain of.
+                item.future.exception()
 
 
 def _invalid(error: Exception) -> Invalid:

@@ -35,8 +35,13 @@ class _Session:
     number: str
     waiting: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Offered and not acknowledged, oldest first."""
-    fresh: asyncio.Event = field(default_factory=asyncio.Event)
+    connections: set[_Connection] = field(default_factory=set)
     current: _Connection | None = None
+
+    def look(self) -> None:
+        """There is something new to offer, to each that is connected."""
+        for connection in self.connections:
+            connection.fresh.set()
 
 
 @dataclass(eq=False)
@@ -47,6 +52,7 @@ class _Connection:
     kind: str
     writer: asyncio.StreamWriter
     told: set[str] = field(default_factory=set)
+    fresh: asyncio.Event = field(default_factory=asyncio.Event)
     over: bool = False
 
     def say(self, message: dict[str, Any]) -> None:
@@ -100,7 +106,7 @@ class Peer:
                 session = self._session(order["session"])
                 for item in order["items"]:
                     session.waiting[item["id"]] = item | {"ms": int(time.time() * 1000)}
-                session.fresh.set()
+                session.look()
             case "traffic":
                 self._spawn(self._traffic(order))
             case "hush":
@@ -151,6 +157,7 @@ class Peer:
             session.current.say({"op": "replaced"})
             session.current.cut()
         session.current = connection
+        session.connections.add(connection)
         self._note("connected", connection)
         connection.say({"op": "welcome", "connection": connection.number})
         offering = asyncio.create_task(self._offer(connection))
@@ -159,6 +166,7 @@ class Peer:
                 self._take(connection, message)
         finally:
             connection.over = True
+            session.connections.discard(connection)
             offering.cancel()
             if session.current is connection:
                 session.current = None
@@ -173,7 +181,7 @@ class Peer:
         """Everything that is not acknowledged, in order, to whoever is connected."""
         session = connection.session
         while True:
-            session.fresh.clear()
+            connection.fresh.clear()
             items = [i for i in session.waiting.values() if i["id"] not in connection.told]
             for start in range(0, len(items), BATCH):
                 batch = items[start : start + BATCH]
@@ -181,7 +189,7 @@ class Peer:
                 connection.told.update(i["id"] for i in batch)
                 connection.say({"op": "offer", "items": batch})
                 await connection.writer.drain()
-            await session.fresh.wait()
+            await connection.fresh.wait()
 
     def _take(self, connection: _Connection, message: dict[str, Any]) -> None:
         match message["op"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -104,6 +105,22 @@ async def test_a_long_outage_refuses_everything_that_waits_in_the_lane() -> None
         assert await batches.submit(0, 99) == 990
         assert batches.healthy
     assert store.written == [99]
+
+
+async def test_a_refusal_that_nobody_waits_for_is_nobodys_error() -> None:
+    """A channel that was stopped meanwhile has its messages still; the loop must not complain of each of them."""
+    complaints: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _, context: complaints.append(str(context["message"]))
+    )
+
+    def away(_: Sequence[int]) -> None:
+        raise ConnectionResetError
+
+    async with batcher(Store(away), patience=0.01) as batches:
+        await asyncio.wait([batches.submit(0, n) for n in range(5)], timeout=10)
+    gc.collect()
+    assert complaints == []
 
 
 async def test_an_endless_deadlock_is_no_fault_of_the_item(monkeypatch: pytest.MonkeyPatch) -> None:
