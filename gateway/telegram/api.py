@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import re
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import httpx
@@ -49,6 +51,12 @@ class Timings:
     look: float = 60.0
     """Between two looks at a webhook, or at a token that was refused."""
     stop: float = 3.0
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """httpx's roots, or those that SSL_CERT_FILE names. One for all bots: reading them holds a loop up."""
+    return httpx.create_ssl_context(trust_env=True)
 
 
 def redacted(text: str) -> str:
@@ -137,7 +145,7 @@ class BotApi:
             "write_timeout": t.write,
             "media_write_timeout": t.write,
             "pool_timeout": t.connect,
-            "httpx_kwargs": {"trust_env": False},
+            "httpx_kwargs": {"trust_env": False, "verify": _tls()},
         }
         try:
             self._requests = (
@@ -147,6 +155,7 @@ class BotApi:
             self._downloads = httpx.AsyncClient(
                 proxy=proxy,
                 trust_env=False,
+                verify=_tls(),
                 follow_redirects=False,
                 timeout=httpx.Timeout(t.download, connect=t.connect),
             )
