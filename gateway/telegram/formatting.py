@@ -43,8 +43,10 @@ def _read(text: str, out: list[str], entities: list[Json], at: int) -> int:
         name = match.lastgroup or ""
         start = at
         if name in _STYLES:
+            style: Json = {"type": _STYLES[name], "offset": start}
+            entities.append(style)  # before what is inside it
             at = _read(match[name], out, entities, at)
-            entities.append({"type": _STYLES[name], "offset": start, "length": at - start})
+            style["length"] = at - start
         elif name == "url":
             at = _append(match["words"], out, at)
             entities.append({"type": "text_link", "offset": start, "length": at - start, "url": match["url"]})
