@@ -64,11 +64,11 @@ def serve() -> None:
 @click.option(
     "--without",
     multiple=True,
-    type=click.Choice(["worker", "child", "receipts"]),
+    type=click.Choice(["worker", "child", "receipts", "mail", "telegram"]),
     help="Switch a part off, to see that --check notices.",
 )
 def demo(check: bool, without: tuple[str, ...]) -> None:
-    """The whole product on this machine: embedded database, WhatsApp sandbox, a tenant and a customer."""
+    """The whole product on this machine: embedded database, sandboxes of all three channels, a tenant and customers."""
     from gateway.commands import demo as story
 
     sys.exit(run(story.run(check=check, without=without)))

@@ -6,7 +6,12 @@ import asyncio
 import os
 import sys
 
+import pytest
+
 from tests.support.gateway import ROOT
+
+LONG = pytest.mark.timeout(300)
+"""Several gateways at once on a busy machine."""
 
 
 async def check(*options: str) -> tuple[int, str]:
@@ -24,7 +29,7 @@ async def check(*options: str) -> tuple[int, str]:
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
-        async with asyncio.timeout(115):
+        async with asyncio.timeout(200):
             output, _ = await process.communicate()
     finally:
         if process.returncode is None:
@@ -34,11 +39,15 @@ async def check(*options: str) -> tuple[int, str]:
     return process.returncode, output.decode()
 
 
+@LONG
 async def test_the_story_is_seen_in_the_database() -> None:
     code, output = await check()
     assert code == 0, output
-    for step in ("paired", "received", "decided", "replied", "read", "backend", "duplicate", "takeover"):
-        assert step in output
+    for step in (
+        "logged in", "paired", "received", "decided", "replied", "read", "backend", "duplicate", "mail", "merged",
+        "telegram", "takeover",
+    ):  # fmt: skip
+        assert f" {step} " in output
 
 
 MISSING = {
@@ -46,12 +55,24 @@ MISSING = {
     "child": "no QR",
     "receipts": "the customer's receipts came back",
 }
+AWAY = {"mail": "credentials.imap", "telegram": "credentials.token"}
 
 
+@LONG
 async def test_a_part_that_is_switched_off_is_noticed() -> None:
     # Together: each of them mostly waits for what never comes.
     results = await asyncio.gather(*(check("--without", part) for part in MISSING))
     for (part, missing), (code, output) in zip(MISSING.items(), results, strict=True):
-        assert code == 1, (part, output)
-        assert "FAILED: " in output
-        assert missing in output, (part, output)
+        assert_noticed(part, missing, code, output)
+
+
+@LONG
+async def test_a_server_that_is_away_is_noticed_when_its_session_is_made() -> None:
+    for part, missing in AWAY.items():
+        assert_noticed(part, missing, *await check("--without", part))
+
+
+def assert_noticed(part: str, missing: str, code: int, output: str) -> None:
+    assert code == 1, (part, output)
+    assert "FAILED: " in output
+    assert missing in output, (part, output)
