@@ -466,3 +466,5 @@ class ChannelKind:
     """Set: sessions of this channel log in with credentials, which are checked before they are stored."""
     form: tuple[CredentialField, ...] = ()
     """What the console asks for when such a session is added."""
+    sending: Mapping[str, Any] = field(default_factory=dict)
+    """How its sessions pace what they send where `metadata.settings.sending` says nothing else; see `core.sending`."""

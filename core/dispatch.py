@@ -91,6 +91,10 @@ class Timings:
     """A gateway whose heart beat within this time may still be calling."""
     abandoned: float = 300.0
     """After this long without any owner a row becomes unknown."""
+    settings: float = 2.0
+    """Until a changed setting of a session's pacing counts."""
+    held: float = 5.0
+    """Between two looks for rows to put off, once there were none."""
     gauges: float = 10.0
     stop: float = 8.0
     """How long a stop waits for calls in flight."""

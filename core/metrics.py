@@ -63,6 +63,12 @@ class Metrics:
         self.retries = Counter(
             "gateway_send_retries", "Sends put back after a definite failure.", ["channel"], registry=r
         )
+        self.sends_held = Counter(
+            "gateway_sends_held",
+            "Rows put off by pacing, by reason; `rate`: how often a session had to wait for its rate.",
+            ["channel", "reason"],
+            registry=r,
+        )
         self.queue_depth = Gauge("gateway_queue_depth", "Queue rows by status.", ["status"], registry=r)
         self.queue_oldest = Gauge(
             "gateway_queue_oldest_due_seconds", "Age of the oldest due row that still waits.", registry=r

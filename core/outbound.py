@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,10 +26,14 @@ from core.dispatch import Claimed, Dispatcher, Key, Timings, Verdict, Windows
 from core.errors import GatewayError, ThrottledError
 from core.metrics import Metrics
 from core.outbound_marks import Ended, Marker
+from core.outbound_pace import Pacer
 from core.outbound_recover import Recovery
+from core.outbound_report import Reporter
 from core.outbound_wait import Outcome, OutcomeWaiter
-from core.store import dispatching
-from core.store.dispatching import Due, Mark
+from core.sending import Sending
+from core.store import claiming, dispatching
+from core.store.claiming import STRANGER, Due
+from core.store.dispatching import Mark
 
 __all__ = ["DispatchResult", "OutboundWorker", "Outcome", "Timings"]
 
@@ -37,6 +41,10 @@ log = logs.get(part="outbound")
 
 ERROR_PAUSE = 0.5
 MOST_PAUSE = 0.02
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +86,12 @@ class OutboundWorker:
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
         timings: Timings | None = None,
+        sending: Mapping[str, Sending] | None = None,
+        today: Callable[[], datetime] = _utc_now,
     ) -> None:
+        """`sending`: how channels pace where a session says nothing else; `today` is the wall clock, aware."""
         self.owner = owner
         self._db = db
-        self._metrics = metrics
         self._dispatcher = dispatcher
         self._max_attempts = max_attempts
         self._clock = clock
@@ -94,13 +104,15 @@ class OutboundWorker:
         """Claims whose commit is being answered."""
         self._doubtful: set[Key] = set()
         """Claims whose commit was not answered: if they are in force they were never called."""
-        self._held: dict[SessionId, float] = {}
-        """Until when a session takes no first contacts."""
         self._claiming = asyncio.Lock()
         self._kick = asyncio.Event()
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
         self._marker = Marker(db, actor=f"worker:{owner}", on_done=self._committed)
+        self._report = Reporter(metrics)
+        self._pacer = Pacer(
+            db, metrics, sending or {}, self._timings, clock=clock, today=today, chance=chance
+        )
         self._recovery = Recovery(db, dispatcher, self._marker, owner, self._timings, clock, self._is_ours)
         self._waiter = OutcomeWaiter(db)
 
@@ -197,6 +209,7 @@ class OutboundWorker:
                 if room > 0:
                     found = len(await self._claim(limit=min(room, self._timings.batch)))
             except Exception as error:
+                self._pacer.forget()
                 await self._trouble("outbound.claim_failed", error)
                 continue
             if found and found >= min(room, self._timings.batch):
@@ -204,15 +217,18 @@ class OutboundWorker:
             if found:
                 # Half of the time at most goes into claiming: what comes in meanwhile makes one larger claim.
                 await asyncio.sleep(min(MOST_PAUSE, time.monotonic() - began))
+            pause = self._pacer.next_in()
             try:
-                async with asyncio.timeout(self._poll):
+                async with asyncio.timeout(self._poll if pause is None else min(pause, self._poll)):
                     await self._kick.wait()
             except TimeoutError:
                 pass
 
     async def _claim(self, *, limit: int, tenant_id: int | None = None) -> list[Record]:
         async with self._claiming:
-            due, proofs = self._claimable(limit)
+            sendable = self._dispatcher.sendable()
+            await self._pacer.know(sendable.keys())
+            due, proofs = self._claimable(sendable, limit)
             if not due:
                 return []
             rows: list[Record] = []
@@ -221,7 +237,7 @@ class OutboundWorker:
                 await transaction.start()
                 try:
                     await conn.execute(dispatching.BY_INDEX)
-                    rows = await dispatching.claim(conn, self.owner, due, limit=limit, tenant_id=tenant_id)
+                    rows = await claiming.claim(conn, self.owner, due, limit=limit, tenant_id=tenant_id)
                     faults.point("outbound.claim.before_commit")
                 except BaseException:
                     await _rollback(transaction)
@@ -230,6 +246,7 @@ class OutboundWorker:
                 with self._deciding(keys):
                     await transaction.commit()
                     faults.point("outbound.claim.after_commit")
+                    self._took(rows)
                     for row in rows:
                         self._take_up(row, proofs.get(row["channel_session_id"], 0.0))
             return rows
@@ -247,16 +264,30 @@ class OutboundWorker:
         finally:
             self._committing -= keys
 
-    def _claimable(self, limit: int) -> tuple[list[Due], dict[SessionId, float]]:
+    def _claimable(
+        self, sendable: Mapping[SessionId, float], limit: int
+    ) -> tuple[list[Due], dict[SessionId, float]]:
         now = self._clock()
         due: list[Due] = []
         proofs: dict[SessionId, float] = {}
-        for session_id, proven_until in self._dispatcher.sendable().items():
+        for session_id, proven_until in sendable.items():
             room = self._windows.room(session_id)
             if room > 0 and proven_until - now > self._timings.margin:
-                proofs[session_id] = proven_until
-                due.append(Due(session_id, min(room, limit), self._held.get(session_id, 0.0) > now))
+                allowed = self._pacer.due(session_id, min(room, limit))
+                if allowed is not None:
+                    proofs[session_id] = proven_until
+                    due.append(allowed)
         return due, proofs
+
+    def _took(self, rows: Sequence[Record]) -> None:
+        counts: Counter[SessionId] = Counter()
+        strangers: Counter[SessionId] = Counter()
+        for row in rows:
+            if row["stop"] is None:
+                counts[row["channel_session_id"]] += 1
+                strangers[row["channel_session_id"]] += row["lane"] == STRANGER and row["untried"]
+        for session_id, count in counts.items():
+            self._pacer.took(session_id, count, strangers[session_id])
 
     def _take_up(self, row: Record, proven_until: float) -> None:
         """A claimed row: call it, or end it when it cannot be called."""
@@ -282,12 +313,9 @@ class OutboundWorker:
         flight.task = asyncio.create_task(self._call(flight, message))
 
     def _withdrawn(self, claimed: Claimed, stop: str) -> None:
-        outcome = "expired" if stop == "expired" else "cancelled"
-        self._metrics.sends.labels(claimed.channel, outcome).inc()
-        if outcome == "expired":
+        if stop == "expired":
             self._recovery.audit_later(claimed, stop)
-        log.info(f"send.{outcome}", queue_id=claimed.queue_id, message_id=claimed.message_id,
-                 tenant_id=claimed.tenant_id, session_id=claimed.session_id, error=stop)  # fmt: skip
+        self._report.withdrawn(claimed, stop)
         self._waiter.nudge([claimed.queue_id])
 
     # --- calling
@@ -303,7 +331,7 @@ class OutboundWorker:
             else:
                 verdict = dispatch.not_called(claimed)
         except Exception as error:
-            verdict = self._judge(claimed, error)
+            verdict = await self._judge(claimed, error)
         self._settle(flight, verdict)
 
     def _provable(self, flight: Flight) -> bool:
@@ -313,16 +341,12 @@ class OutboundWorker:
             return True
         return self._dispatcher.sendable().get(flight.claimed.session_id, 0.0) > now
 
-    def _judge(self, claimed: Claimed, error: Exception) -> Verdict:
+    async def _judge(self, claimed: Claimed, error: Exception) -> Verdict:
         verdict = dispatch.failed(
             claimed, error, max_attempts=self._max_attempts, timings=self._timings, jitter=self._chance()
         )
         if isinstance(error, ThrottledError) and error.first_contacts_only:
-            until = self._clock() + error.retry_after
-            if until > self._held.get(claimed.session_id, 0.0):
-                self._held[claimed.session_id] = until
-                log.warning("session.first_contacts_held", session_id=claimed.session_id,
-                            tenant_id=claimed.tenant_id, error=error.code, seconds=round(error.retry_after))  # fmt: skip
+            await self._refused(claimed, error)
         if (
             verdict.outcome in ("retried", "failed")
             and claimed.session_id not in self._dispatcher.sendable()
@@ -333,6 +357,13 @@ class OutboundWorker:
         if verdict.outcome == "unknown" and not isinstance(error, GatewayError):
             log.error("send.unexpected_error", queue_id=claimed.queue_id, error=repr(error), exc_info=error)
         return verdict
+
+    async def _refused(self, claimed: Claimed, error: ThrottledError) -> None:
+        try:
+            await self._pacer.refused(claimed.session_id, error)
+        except Exception as problem:
+            # It is remembered here; only another gateway would have to learn it again.
+            log.warning("hold.unwritten", session_id=claimed.session_id, error=repr(problem))
 
     def _settle(self, flight: Flight, verdict: Verdict) -> None:
         claimed = flight.claimed
@@ -347,60 +378,10 @@ class OutboundWorker:
 
     def _committed(self, batch: Sequence[Ended], rows: Sequence[Record]) -> None:
         """The marker's news: metrics, log, waiters, and another look for work."""
-        moved = {row["id"]: row for row in rows}
-        now = datetime.now(UTC)
-        counts: Counter[tuple[str, str]] = Counter()
-        accepted: list[Ended] = []
-        for ended in batch:
-            claimed, verdict = ended.claimed, ended.verdict
-            if claimed.queue_id not in moved:
-                continue
-            counts[claimed.channel, verdict.outcome] += 1
-            if verdict.outcome == "sent":
-                accepted.append(ended)
-                if claimed.due_at is not None:
-                    at = verdict.mark.sent_at or now
-                    latency = (min(at, now) - claimed.due_at).total_seconds()
-                    self._metrics.send_latency.labels(claimed.channel).observe(max(0.0, latency))
-            else:
-                self._log_failure(ended)
-        for (channel, outcome), count in counts.items():
-            self._metrics.sends.labels(channel, outcome).inc(count)
-            if outcome == "retried":
-                self._metrics.retries.labels(channel).inc(count)
-        if accepted:
-            self._log_accepted(accepted)
+        moved = {row["id"] for row in rows}
+        self._report.ended([ended for ended in batch if ended.claimed.queue_id in moved])
         self._waiter.nudge(moved)
         self._kick.set()
-
-    def _log_accepted(self, accepted: Sequence[Ended]) -> None:
-        if len(accepted) == 1:
-            claimed = accepted[0].claimed
-            log.info("send.accepted", tenant_id=claimed.tenant_id, session_id=claimed.session_id,
-                     queue_id=claimed.queue_id, message_id=claimed.message_id, result="sent",
-                     recipient=logs.masked(accepted[0].recipient))  # fmt: skip
-        else:
-            log.info("send.accepted", count=len(accepted), result="sent",
-                     message_ids=[e.claimed.message_id for e in accepted])  # fmt: skip
-
-    def _log_failure(self, ended: Ended) -> None:
-        claimed, mark = ended.claimed, ended.verdict.mark
-        fields: dict[str, Any] = {
-            "tenant_id": claimed.tenant_id,
-            "session_id": claimed.session_id,
-            "queue_id": claimed.queue_id,
-            "message_id": claimed.message_id,
-            "recipient": logs.masked(ended.recipient),
-            "result": mark.status,
-            "error": mark.error_code,
-        }
-        match ended.verdict.outcome:
-            case "retried" | "throttled" | "not_called":
-                log.info(
-                    "send.postponed", action=ended.verdict.outcome, retry_in=round(mark.retry_in, 1), **fields
-                )
-            case _:
-                log.warning("send.unknown" if mark.status == "unknown" else "send.failed", **fields)
 
     # --- keeping order
 
@@ -417,14 +398,11 @@ class OutboundWorker:
             if now - flight.began > self._timings.watchdog:
                 del self._flights[key]
                 self._give_up(flight)
-        for session_id in [s for s, until in self._held.items() if until <= now]:
-            del self._held[session_id]
-            self._kick.set()
         for row in await self._recovery.sweep():
-            self._metrics.sends.labels(row["channel"], "expired").inc()
-            log.warning("send.failed", tenant_id=row["tenant_id"], session_id=row["channel_session_id"],
-                        queue_id=row["id"], message_id=row["message_id"], result="failed", error="expired")  # fmt: skip
+            self._report.expired(row)
             self._waiter.nudge([row["id"]])
+        if await self._pacer.sweep():
+            self._kick.set()
 
     def _give_up(self, flight: Flight) -> None:
         claimed = flight.claimed
@@ -445,12 +423,7 @@ class OutboundWorker:
         self._doubtful -= self._recovery.cleared
 
     async def _measure(self) -> None:
-        async with self._db.worker() as conn:
-            found = await dispatching.gauges(conn)
-        for status in ("queued", "dispatching", "unknown"):
-            self._metrics.queue_depth.labels(status).set(found[status])
-        self._metrics.sends_unknown.set(found["unknown"])
-        self._metrics.queue_oldest.set(max(0.0, found["oldest"]))
+        await self._report.measure(self._db)
 
     # --- tasks
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from core import log
+from core import log, sending
 from core.channel import Channel, ChannelKind, SessionContext, Sink
 from core.database import Database, open_owner
 from core.decide.rules import RulesDecider
@@ -60,7 +60,13 @@ def registry(settings: Settings, metrics: Metrics) -> dict[str, ChannelKind]:
 
     return {
         "whatsapp": ChannelKind(
-            "whatsapp", whatsapp, webhook=convert_webhook, settings=check_whatsapp_settings
+            "whatsapp",
+            whatsapp,
+            webhook=convert_webhook,
+            settings=check_whatsapp_settings,
+            # What WhatsApp itself lets a new business begin with: 250 strangers a day, growing to 1,000. A burst to people
+            # the number does not know is what gets it banned; everything else goes as fast as WhatsApp takes it.
+            sending={"first_contacts": {"first": 250, "growth": 2.0, "most": 1000}},
         ),
         "email": email_kind(metrics),
         "telegram": telegram(settings),
@@ -135,6 +141,7 @@ class Gateway:
             self.sessions,
             owner=self.owner,
             max_attempts=settings.outbound_max_attempts,
+            sending={name: sending.read(kind.sending) for name, kind in kinds.items()},
         )
         self.inbound = InboundWorker(
             self.database,

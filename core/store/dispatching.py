@@ -1,4 +1,4 @@
-"""The outbound worker's SQL: claim, mark, look for what a dead owner left, sweep what expired.
+"""The outbound worker's SQL: mark, look for what a dead owner left, sweep what expired.
 
 Each function is one statement. Nothing here decides what an outcome means and nothing calls a channel.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 from asyncpg import Record
 
-from core.channel import SessionId
 from core.store.audit import Conn
 
 PEOPLE = ("person", "operator", "console", "human", "phone")
@@ -20,197 +19,17 @@ PEOPLE = ("person", "operator", "console", "human", "phone")
 AUTOMATIC = ("agent", "auto", "worker", "rules", "llm", "inbound_worker")
 """`raw_payload.origin` of an agent's own replies; their `dedupe_key` begins with `reply:` as well."""
 
-WINDOW = 2000
-"""How many due rows of one session a claim looks at before it gives up: bounds what one endless thread can cost."""
-
-
 BY_INDEX = "SET LOCAL enable_seqscan = off"
 """First in a transaction that claims or marks: a plan that a long-lived connection made while the queue was empty would
 otherwise go on reading the whole table after a campaign of a hundred thousand rows has come in."""
 
 
-@dataclass(frozen=True, slots=True)
-class Due:
-    """What may be claimed of one session now. `replies_only`: the channel takes no first contacts at the moment."""
-
-    session_id: SessionId
-    quota: int
-    replies_only: bool = False
-
-
-# Who may send: sessions whose lease is ours on the database's clock, of tenants that are not suspended.
-# `due` walks the partial index session by session, so that nobody's hundred thousand rows are read for somebody else's
-# one; then turns are dealt out: every tenant's first row, every tenant's second, …
-# A row is held back by a row of its thread that is in flight, is due before it, or was tried before it.
-_CLAIM = """
-WITH mine AS MATERIALIZED (
-    SELECT w.session_id, w.quota, w.replies_only, l.tenant_id
-    FROM unnest($2::BIGINT[], $3::INT[], $4::BOOLEAN[]) AS w (session_id, quota, replies_only)
-    JOIN et_session_leases l ON l.session_id = w.session_id
-    JOIN et_tenants t ON t.id = l.tenant_id
-    WHERE l.owner = $1
-      AND l.expires_at > clock_timestamp()
-      AND t.status = 'active'
-      AND ($6::BIGINT IS NULL OR l.tenant_id = $6)
-), busy AS MATERIALIZED (
-    SELECT b.thread_id
-    FROM et_outbound_queue b
-    WHERE b.status = 'dispatching'
-      AND b.channel_session_id = ANY ($2::BIGINT[])
-), due AS MATERIALIZED (
-    SELECT d.id,
-           row_number() OVER (PARTITION BY mine.tenant_id ORDER BY d.place, d.priority DESC, d.id) AS turn,
-           d.priority
-    FROM mine
-    CROSS JOIN LATERAL (
-        SELECT c.id, c.priority, row_number() OVER (ORDER BY c.priority DESC, c.next_attempt_at, c.id) AS place
-        FROM (
-            SELECT r.id, r.priority, r.next_attempt_at
-            FROM (
-                SELECT q.id, q.thread_id, q.send_at, q.priority, q.next_attempt_at
-                FROM et_outbound_queue q
-                WHERE q.channel_session_id = mine.session_id
-                  AND q.status = 'queued'
-                  AND q.next_attempt_at <= now()
-                ORDER BY q.priority DESC, q.next_attempt_at, q.id
-                LIMIT {window}
-            ) r
-            WHERE r.send_at <= now()
-              AND r.thread_id NOT IN (SELECT busy.thread_id FROM busy)
-              AND NOT EXISTS (
-                  SELECT
-                  FROM et_outbound_queue b
-                  WHERE b.thread_id = r.thread_id
-                    AND b.status = 'queued'
-                    AND (b.send_at, b.id) < (r.send_at, r.id)
-                    AND b.expires_at > now()
-                    AND (b.next_attempt_at <= now() OR b.claim_epoch > 0 OR b.retry_count > 0)
-              )
-              AND (NOT mine.replies_only OR EXISTS (
-                  SELECT
-                  FROM et_threads h
-                  JOIN et_messages i ON i.tenant_id = h.tenant_id AND i.lead_id = h.lead_id
-                  WHERE h.id = r.thread_id
-                    AND i.channel_session_id = mine.session_id
-                    AND i.direction = 'inbound'
-              ))
-            ORDER BY r.priority DESC, r.next_attempt_at, r.id
-            LIMIT mine.quota
-        ) c
-    ) d
-), locked AS MATERIALIZED (
-    SELECT q.id,
-           CASE
-               WHEN q.expires_at <= now() THEN 'expired'
-               -- 'closing': the reply that says so itself (opted out, a colleague will answer).
-               WHEN m.raw_payload->>'closing' = 'true' THEN NULL
-               WHEN l.opted_out_at IS NOT NULL AND coalesce(m.raw_payload->>'origin', '') <> ALL ({people})
-                   THEN 'opted_out'
-               WHEN t.handled_by = 'human' AND a.automatic THEN 'human_takeover'
-           END AS stop,
-           a.automatic
-    FROM (SELECT due.id FROM due ORDER BY due.turn, due.priority DESC, due.id LIMIT $5) p
-    JOIN et_outbound_queue q ON q.id = p.id
-    JOIN et_messages m ON m.id = q.message_id
-    JOIN et_threads t ON t.id = m.thread_id
-    JOIN et_leads l ON l.id = m.lead_id
-    CROSS JOIN LATERAL (
-        SELECT coalesce(q.dedupe_key LIKE 'reply:%', false)
-            OR coalesce(m.raw_payload->>'origin', '') = ANY ({automatic}) AS automatic
-    ) a
-    WHERE q.status = 'queued'
-    FOR UPDATE OF q SKIP LOCKED
-), moved AS (
-    UPDATE et_outbound_queue q
-    SET status = CASE k.stop WHEN 'expired' THEN 'failed'
-                             WHEN 'opted_out' THEN 'cancelled'
-                             WHEN 'human_takeover' THEN 'cancelled'
-                             ELSE 'dispatching' END,
-        claimed_by = CASE WHEN k.stop IS NULL THEN $1 ELSE q.claimed_by END,
-        claimed_at = CASE WHEN k.stop IS NULL THEN clock_timestamp() ELSE q.claimed_at END,
-        claim_epoch = q.claim_epoch + CASE WHEN k.stop IS NULL THEN 1 ELSE 0 END,
-        error_code = k.stop,
-        last_error = CASE k.stop WHEN 'expired' THEN {expired}
-                                 WHEN 'opted_out' THEN 'this person has opted out of messages'
-                                 WHEN 'human_takeover' THEN 'a person has taken this conversation over'
-                                 ELSE q.last_error END
-    FROM locked k
-    WHERE q.id = k.id
-    RETURNING q.id, q.tenant_id, q.channel_session_id, q.message_id, q.thread_id, q.channel, q.recipient,
-              q.claim_epoch, q.retry_count, q.next_attempt_at, q.priority, k.stop, k.automatic
-)
-SELECT v.*, m.lead_id, m.message_type, m.content, m.media_url,
-       m.raw_payload->'payload' AS payload,
-       m.reply_to_message_id,
-       CASE WHEN v.recipient IS NULL AND v.stop IS NULL THEN (
-           SELECT coalesce(i.chat_identifier, i.sender_identifier)
-           FROM et_messages i
-           WHERE i.tenant_id = v.tenant_id
-             AND i.thread_id = v.thread_id
-             AND i.direction = 'inbound'
-           ORDER BY i.occurred_at DESC, i.id DESC
-           LIMIT 1
-       ) END AS last_address,
-       CASE WHEN v.recipient IS NULL AND v.stop IS NULL THEN (
-           SELECT n.external_id
-           FROM et_lead_identities n
-           WHERE n.tenant_id = v.tenant_id
-             AND n.lead_id = m.lead_id
-             AND split_part(n.external_id, ':', 1) IN (v.channel, v.channel || '-group', v.channel || '-lid')
-           ORDER BY n.created_at DESC, length(split_part(n.external_id, ':', 1))
-           LIMIT 1
-       ) END AS identity,
-       NOT EXISTS (
-           SELECT
-           FROM et_messages i
-           WHERE i.tenant_id = v.tenant_id
-             AND i.lead_id = m.lead_id
-             AND i.channel_session_id = v.channel_session_id
-             AND i.direction = 'inbound'
-       ) AS first_contact,
-       quoted.channel_message_id AS quoted_id, quoted.sender_identifier AS quoted_sender,
-       quoted.content AS quoted_content, quoted.direction AS quoted_direction, quoted.raw_payload AS quoted_payload
-FROM moved v
-JOIN et_messages m ON m.id = v.message_id
-LEFT JOIN LATERAL (
-    SELECT o.channel_message_id, o.sender_identifier, o.content, o.direction, o.raw_payload
-    FROM et_messages o
-    WHERE m.reply_to_message_id IS NOT NULL
-      AND o.tenant_id = m.tenant_id
-      AND o.channel_session_id = m.channel_session_id
-      AND o.lead_id = m.lead_id
-      AND o.channel_message_id = m.reply_to_message_id
-    OFFSET 0  -- most messages quote nothing: then nothing is looked up
-) quoted ON true
-ORDER BY v.priority DESC, v.next_attempt_at, v.id
+EXPIRED = """
+CASE WHEN q.error_code IS NOT NULL AND q.last_error IS NOT NULL AND q.claim_epoch = 0
+     THEN 'its time ran out while it waited: ' || q.last_error
+     ELSE 'it was not sent before its time ran out; the session was not ready in time' END
 """
-
-EXPIRED = "it was not sent before its time ran out; the session was not ready in time"
-
-
-def _array(values: Sequence[str]) -> str:
-    return "ARRAY[" + ", ".join(f"'{value}'" for value in values) + "]"
-
-
-_CLAIM = _CLAIM.format(
-    window=WINDOW, people=_array(PEOPLE), automatic=_array(AUTOMATIC), expired=f"'{EXPIRED}'"
-)
-
-
-async def claim(
-    conn: Conn, owner: str, due: Sequence[Due], *, limit: int, tenant_id: int | None = None
-) -> list[Record]:
-    """Take up to `limit` rows: they are `dispatching` when the caller's transaction commits, and may be called only
-    after that. Rows with `stop` were ended instead of claimed."""
-    return await conn.fetch(
-        _CLAIM,
-        owner,
-        [d.session_id for d in due],
-        [d.quota for d in due],
-        [d.replies_only for d in due],
-        limit,
-        tenant_id,
-    )
+"""`last_error` of a row that expired, as an expression over `q`: one that was held back says what for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +67,8 @@ WITH o AS MATERIALIZED (
         next_attempt_at = CASE WHEN o.status = 'queued' THEN now() + make_interval(secs => o.retry_in)
                                ELSE q.next_attempt_at END,
         claimed_by = CASE WHEN o.status = 'queued' THEN NULL ELSE q.claimed_by END,
-        claimed_at = CASE WHEN o.status = 'queued' THEN NULL ELSE q.claimed_at END
+        claimed_at = CASE WHEN o.status = 'queued' THEN NULL ELSE q.claimed_at END,
+        updated_at = now()
     FROM o
     WHERE q.id = o.id
       AND q.claim_epoch = o.epoch
@@ -259,18 +79,24 @@ WITH o AS MATERIALIZED (
     SELECT q.id, e.id AS echo_id
     FROM q
     JOIN et_messages m ON m.id = q.message_id
-    JOIN et_messages e ON e.tenant_id = m.tenant_id
-                      AND e.channel_session_id = m.channel_session_id
-                      AND e.lead_id = m.lead_id
-                      AND e.channel_message_id = q.channel_message_id
-                      AND e.id <> m.id
+    CROSS JOIN LATERAL (
+        SELECT o.id
+        FROM et_messages o
+        WHERE o.tenant_id = m.tenant_id
+          AND o.channel_session_id = m.channel_session_id
+          AND o.lead_id = m.lead_id
+          AND o.channel_message_id = q.channel_message_id
+        OFFSET 0  -- one probe of the unique key, not a walk over everything this person was ever sent
+    ) e
+    WHERE e.id <> m.id
 ), m AS (
     UPDATE et_messages m
     SET delivery_status = CASE WHEN m.delivery_status IN ('dispatching', 'unknown') THEN q.status
                                ELSE m.delivery_status END,
         channel_message_id = CASE WHEN q.id IN (SELECT taken.id FROM taken) THEN m.channel_message_id
                                   ELSE coalesce(q.channel_message_id, m.channel_message_id) END,
-        channel_timestamp = coalesce((extract(epoch FROM q.sent_at) * 1000)::BIGINT, m.channel_timestamp)
+        channel_timestamp = coalesce((extract(epoch FROM q.sent_at) * 1000)::BIGINT, m.channel_timestamp),
+        updated_at = now()
     FROM q
     WHERE m.id = q.message_id
     RETURNING m.id
@@ -381,27 +207,26 @@ async def abandoned(conn: Conn, *, alive_seconds: float, patience: float, limit:
     )
 
 
+_EXPIRE = f"""
+UPDATE et_outbound_queue q
+SET status = 'failed', error_code = 'expired', last_error = {EXPIRED}
+FROM (
+    SELECT x.id
+    FROM et_outbound_queue x
+    WHERE x.status = 'queued'
+      AND x.expires_at <= now()
+    ORDER BY x.expires_at
+    LIMIT $1
+    FOR UPDATE SKIP LOCKED
+) late
+WHERE q.id = late.id
+RETURNING q.id, q.tenant_id, q.message_id, q.channel_session_id, q.channel, q.retry_count
+"""  # noqa: S608  (an expression of our own)
+
+
 async def expire(conn: Conn, *, limit: int = 500) -> list[Record]:
     """Fail what waited too long, whatever its session or tenant is doing. Several workers may sweep at once."""
-    return await conn.fetch(
-        """
-        UPDATE et_outbound_queue q
-        SET status = 'failed', error_code = 'expired', last_error = $2
-        FROM (
-            SELECT x.id
-            FROM et_outbound_queue x
-            WHERE x.status = 'queued'
-              AND x.expires_at <= now()
-            ORDER BY x.expires_at
-            LIMIT $1
-            FOR UPDATE SKIP LOCKED
-        ) late
-        WHERE q.id = late.id
-        RETURNING q.id, q.tenant_id, q.message_id, q.channel_session_id, q.channel, q.retry_count
-        """,
-        limit,
-        EXPIRED,
-    )
+    return await conn.fetch(_EXPIRE, limit)
 
 
 async def outcomes(conn: Conn, queue_ids: Collection[int]) -> list[Record]:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AfterValidator, Field
 
-from core import log_in
+from core import log_in, sending
 from core.channel import ChannelKind, LogIn, SessionId, SessionStatus
 from core.channel import NumberCheck as NumberChecker
 from core.errors import Invalid, InvalidField
@@ -282,9 +282,10 @@ async def _log_in(
 def _settings(call: Call[Any, Any], channel: str, settings: JsonObject) -> JsonObject:
     """As the channel takes them; one that names no settings of its own takes whatever it is given."""
     kind = call.services.registry.get(channel)
-    if kind is None or kind.settings is None:
-        return settings
-    return kind.settings(settings)
+    own = {name: value for name, value in settings.items() if name != "sending"}
+    if kind is not None and kind.settings is not None:
+        own = kind.settings(own)
+    return own | {"sending": sending.check(settings["sending"])} if "sending" in settings else own
 
 
 def _normal(kind: ChannelKind, address: str) -> str:

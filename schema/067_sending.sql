@@ -1,0 +1,234 @@
+-- Fair and paced sending: which rows of a session go first, and what its channel allows today. And cheaper ways for what
+-- the outbound worker does with every row.
+
+-- The lane of a queue row, given when it is put in: 2 a reply (an agent's, a person's, or to somebody who wrote within the
+-- last hour), 1 to somebody who has written to this session before, 0 to a stranger. A session's replies go first, and its
+-- strangers can be held back without the worker reading past them.
+ALTER TABLE et_outbound_queue ADD COLUMN IF NOT EXISTS lane SMALLINT NOT NULL DEFAULT 1;
+
+CREATE INDEX IF NOT EXISTS et_outbound_queue_lanes
+    ON et_outbound_queue (channel_session_id, lane DESC, priority DESC, next_attempt_at, id) WHERE status = 'queued';
+DROP INDEX IF EXISTS et_outbound_queue_due;
+-- A session is looked up through its tenant: an index less to write for every step of every item.
+DROP INDEX IF EXISTS et_outbound_queue_by_session;
+
+-- How many messages to strangers a session has begun on a day of its workspace. A claim counts in its own transaction, so
+-- neither a restart nor another gateway forgets.
+CREATE TABLE IF NOT EXISTS et_sending_days (
+    tenant_id          BIGINT NOT NULL REFERENCES et_tenants (id) ON DELETE CASCADE,
+    channel_session_id BIGINT NOT NULL,
+    day                DATE NOT NULL,
+    strangers          INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (channel_session_id, day),
+    FOREIGN KEY (tenant_id, channel_session_id) REFERENCES et_channel_sessions (tenant_id, id) ON DELETE CASCADE
+) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.01);
+CREATE INDEX IF NOT EXISTS et_sending_days_by_tenant ON et_sending_days (tenant_id, channel_session_id);
+
+-- A channel that refuses strangers for now (WhatsApp 463, 475): until when, and in whose words.
+CREATE TABLE IF NOT EXISTS et_sending_holds (
+    tenant_id          BIGINT NOT NULL REFERENCES et_tenants (id) ON DELETE CASCADE,
+    channel_session_id BIGINT NOT NULL PRIMARY KEY,
+    until              TIMESTAMPTZ NOT NULL,
+    code               TEXT NOT NULL,
+    detail             TEXT NOT NULL,
+    created_at         TIMESTAMPTZ NOT NULL DEFAULT now(),
+    FOREIGN KEY (tenant_id, channel_session_id) REFERENCES et_channel_sessions (tenant_id, id) ON DELETE CASCADE
+);
+CREATE INDEX IF NOT EXISTS et_sending_holds_by_tenant ON et_sending_holds (tenant_id, channel_session_id);
+
+DO $$
+DECLARE
+    name TEXT;
+    own CONSTANT TEXT := 'tenant_id = (SELECT nullif(current_setting(''app.tenant_id'', true), '''')::BIGINT)';
+BEGIN
+    FOREACH name IN ARRAY ARRAY['et_sending_days', 'et_sending_holds'] LOOP
+        EXECUTE format('ALTER TABLE public.%I ENABLE ROW LEVEL SECURITY', name);
+        EXECUTE format('ALTER TABLE public.%I FORCE ROW LEVEL SECURITY', name);
+        EXECUTE format('REVOKE ALL ON public.%I FROM PUBLIC, et_worker, et_api, et_backend', name);
+        EXECUTE format('DROP POLICY IF EXISTS et_owner_all ON public.%I', name);
+        EXECUTE format('CREATE POLICY et_owner_all ON public.%I TO CURRENT_USER USING (true) WITH CHECK (true)', name);
+        EXECUTE format('DROP POLICY IF EXISTS et_worker_all ON public.%I', name);
+        EXECUTE format('CREATE POLICY et_worker_all ON public.%I TO et_worker USING (true) WITH CHECK (true)', name);
+        EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON public.%I TO et_worker', name);
+        EXECUTE format('DROP POLICY IF EXISTS et_api_own ON public.%I', name);
+        EXECUTE format('CREATE POLICY et_api_own ON public.%I TO et_api USING (%s) WITH CHECK (%s)', name, own, own);
+        EXECUTE format('GRANT SELECT ON public.%I TO et_api', name);
+    END LOOP;
+END
+$$;
+
+-- A queue row belongs to an outbound message that waits; what the message knows need not be said twice.
+CREATE OR REPLACE FUNCTION et_queue_before_insert() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+    msg RECORD;
+BEGIN
+    SELECT m.tenant_id, m.lead_id, m.thread_id, m.channel, m.channel_session_id, m.direction, m.delivery_status,
+           coalesce(m.raw_payload ->> 'origin', '') AS origin
+    INTO msg
+    FROM public.et_messages m
+    WHERE m.id = NEW.message_id AND m.tenant_id = coalesce(NEW.tenant_id, m.tenant_id);
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'message % does not exist in this tenant', NEW.message_id
+            USING ERRCODE = 'foreign_key_violation', TABLE = 'et_outbound_queue',
+                  HINT = 'Insert the et_messages row first, in the same transaction.';
+    END IF;
+    NEW.tenant_id := msg.tenant_id;
+    NEW.thread_id := msg.thread_id;
+    NEW.channel := coalesce(NEW.channel, msg.channel);
+    NEW.channel_session_id := coalesce(NEW.channel_session_id, msg.channel_session_id);
+    IF NEW.channel <> msg.channel OR NEW.channel_session_id <> msg.channel_session_id THEN
+        RAISE EXCEPTION 'queue row and message % name different sessions', NEW.message_id
+            USING ERRCODE = 'check_violation', TABLE = 'et_outbound_queue',
+                  HINT = 'Leave channel and channel_session_id out: they are taken from the message.';
+    END IF;
+    IF msg.direction <> 'outbound' OR msg.delivery_status <> NEW.status OR NEW.status <> 'queued' THEN
+        RAISE EXCEPTION 'message % is % %, only an outbound message that is queued can be put into the queue',
+                        NEW.message_id, msg.direction, msg.delivery_status
+            USING ERRCODE = 'check_violation', TABLE = 'et_outbound_queue';
+    END IF;
+    NEW.next_attempt_at := greatest(NEW.next_attempt_at, NEW.send_at);
+    -- The default life of a day counts from the moment the item may go out.
+    IF NEW.send_at > now() AND NEW.expires_at = now() + INTERVAL '24 hours' THEN
+        NEW.expires_at := NEW.send_at + INTERVAL '24 hours';
+    END IF;
+
+    -- The origins are those of core/store/dispatching.py: an agent's, a person's.
+    IF NEW.dedupe_key LIKE 'reply:%' OR msg.origin IN
+        ('agent', 'auto', 'worker', 'rules', 'llm', 'inbound_worker', 'person', 'operator', 'console', 'human', 'phone')
+    THEN
+        NEW.lane := 2;
+    ELSE
+        -- The newest hour of the thread; then anything this person ever wrote to this session.
+        PERFORM 1
+        FROM public.et_messages i
+        WHERE i.tenant_id = msg.tenant_id
+          AND i.thread_id = msg.thread_id
+          AND i.occurred_at > now() - INTERVAL '1 hour'
+          AND i.direction = 'inbound'
+        LIMIT 1;
+        IF FOUND THEN
+            NEW.lane := 2;
+        ELSE
+            PERFORM 1
+            FROM public.et_messages i
+            WHERE i.tenant_id = msg.tenant_id
+              AND i.channel_session_id = msg.channel_session_id
+              AND i.lead_id = msg.lead_id
+              AND i.direction = 'inbound'
+            LIMIT 1;
+            NEW.lane := FOUND::INTEGER;
+        END IF;
+    END IF;
+    RETURN NEW;
+END
+$$;
+
+-- A call of a row trigger is the dearest step of moving a row. A writer that says the time itself and moves along the ways
+-- a send takes is spared it; whoever else writes, and whatever else is written, goes through it as before.
+CREATE OR REPLACE TRIGGER et_outbound_queue_before_update
+    BEFORE UPDATE ON et_outbound_queue
+    FOR EACH ROW
+    WHEN (NEW.updated_at <= OLD.updated_at
+        OR NOT (OLD.status = 'queued' AND NEW.status = 'dispatching'
+            OR OLD.status = 'dispatching' AND NEW.status IN ('sent', 'queued', 'failed', 'unknown')))
+    EXECUTE FUNCTION et_queue_before_update();
+CREATE OR REPLACE TRIGGER et_messages_before_update
+    BEFORE UPDATE ON et_messages
+    FOR EACH ROW
+    WHEN (NEW.updated_at <= OLD.updated_at
+        OR NOT (OLD.delivery_status = 'queued' AND NEW.delivery_status = 'dispatching'
+            OR OLD.delivery_status = 'dispatching' AND NEW.delivery_status IN ('sent', 'queued', 'failed', 'unknown')))
+    EXECUTE FUNCTION et_message_before_update();
+
+-- After a statement that moved queue rows: their messages follow, and rows that came back wake the workers (moving
+-- next_attempt_at of a waiting one must not wake whoever moved it). One pass over what changed. Both transition tables
+-- hold the whole statement, so a nested loop over them would be quadratic, and a plan cached while a statement had one
+-- row would keep it: hence enable_nestloop. The UPDATE has one plan, by index, whatever the size.
+CREATE OR REPLACE FUNCTION et_queue_after_update() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_nestloop = off AS $$
+DECLARE
+    moved RECORD;
+BEGIN
+    FOR moved IN
+        SELECT n.status, array_agg(n.message_id ORDER BY n.message_id) AS ids
+        FROM new_rows n
+        JOIN old_rows o ON o.id = n.id
+        WHERE o.status <> n.status
+        GROUP BY n.status
+    LOOP
+        UPDATE public.et_messages m
+        SET delivery_status = moved.status, updated_at = now()
+        WHERE m.id = ANY (moved.ids)
+          AND m.delivery_status <> moved.status
+          AND NOT (moved.status = 'sent' AND m.delivery_status IN ('delivered', 'read'));
+        IF moved.status = 'queued' THEN
+            PERFORM pg_notify('et_outbound', '');
+        END IF;
+    END LOOP;
+    RETURN NULL;
+END
+$$;
+DROP TRIGGER IF EXISTS et_outbound_queue_moves_message ON et_outbound_queue;
+DROP TRIGGER IF EXISTS et_outbound_queue_updated ON et_outbound_queue;
+CREATE OR REPLACE TRIGGER et_outbound_queue_after_update
+    AFTER UPDATE ON et_outbound_queue REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION et_queue_after_update();
+
+-- After a statement that moved messages: the event of each, the queue rows and claims behind them, a wake-up for inbound
+-- messages that can be worked on (again): given back by a dead worker, or a placeholder that can be read now.
+CREATE OR REPLACE FUNCTION et_message_after_update() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_nestloop = off AS $$
+DECLARE
+    moved RECORD;
+    news BOOLEAN := false;
+BEGIN
+    FOR moved IN
+        SELECT n.delivery_status AS status, n.direction,
+               array_agg(n.id ORDER BY n.id) FILTER (WHERE o.delivery_status <> n.delivery_status) AS ids,
+               array_agg(n.tenant_id ORDER BY n.id) FILTER (WHERE o.delivery_status <> n.delivery_status) AS tenants,
+               bool_or(n.delivery_status = 'received' AND NOT n.is_history AND NOT n.placeholder) AS workable
+        FROM new_rows n
+        JOIN old_rows o ON o.id = n.id
+        WHERE o.delivery_status <> n.delivery_status
+           OR (o.placeholder AND NOT n.placeholder)
+        GROUP BY n.delivery_status, n.direction
+    LOOP
+        IF moved.ids IS NOT NULL THEN
+            INSERT INTO public.et_events (tenant_id, kind, ref_id)
+            SELECT e.tenant_id, 'status', e.id
+            FROM unnest(moved.tenants, moved.ids) AS e (tenant_id, id);
+            news := true;
+            IF moved.direction = 'outbound' THEN
+                UPDATE public.et_outbound_queue q
+                SET status = CASE WHEN moved.status IN ('delivered', 'read') THEN 'sent' ELSE moved.status END
+                WHERE q.message_id = ANY (moved.ids)
+                  AND q.status <> CASE WHEN moved.status IN ('delivered', 'read') THEN 'sent' ELSE moved.status END;
+            ELSIF moved.status <> 'inbound_processing' THEN
+                DELETE FROM public.et_inbound_claims c
+                WHERE c.message_id = ANY (moved.ids);
+            END IF;
+        END IF;
+        IF moved.workable THEN
+            PERFORM pg_notify('et_inbound', '');
+        END IF;
+    END LOOP;
+    IF news THEN
+        PERFORM pg_notify('et_events', '');
+    END IF;
+    RETURN NULL;
+END
+$$;
+DROP TRIGGER IF EXISTS et_messages_moves_queue ON et_messages;
+DROP TRIGGER IF EXISTS et_messages_updated ON et_messages;
+CREATE OR REPLACE TRIGGER et_messages_after_update
+    AFTER UPDATE ON et_messages REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION et_message_after_update();
+
+DROP FUNCTION IF EXISTS et_queue_moves_message();
+DROP FUNCTION IF EXISTS et_queue_updated();
+DROP FUNCTION IF EXISTS et_message_moves_queue();
+DROP FUNCTION IF EXISTS et_message_updated();
+REVOKE ALL ON FUNCTION et_queue_after_update(), et_message_after_update() FROM PUBLIC, et_worker, et_api, et_backend;
