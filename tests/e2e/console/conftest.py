@@ -14,7 +14,10 @@ import pytest_asyncio
 from playwright.async_api import Browser
 
 from core.database import Database, connect
+from core.settings import Settings
 from core.store import credentials as sealed
+from gateway.telegram import kind as telegram_kind
+from sandbox.telegram import TelegramSandbox
 from sandbox.whatsapp.phone import Phone
 from sandbox.whatsapp.sandbox import WhatsAppSandbox
 from tests.support.api import Api, running_api
@@ -169,10 +172,11 @@ async def desk(window: Callable[..., Awaitable[Desk]], shop: Shop) -> Desk:
 
 @dataclass
 class Office:
-    """A gateway with WhatsApp and the desk channel, a tenant and its key."""
+    """A gateway with WhatsApp, the desk channel and Telegram against its sandbox, a tenant and its key."""
 
     api: Api
     server: Server
+    telegram: TelegramSandbox
     place: Place
     """With a WhatsApp session that is said to be active and that nobody runs: what is queued there stays."""
     key: str
@@ -199,11 +203,23 @@ async def office(
     server = Server()
     folder: Path = tmp_path_factory.mktemp("office")
     try:
-        async with running_api(
-            database, folder, real_sessions=True, more_kinds={"desk": server.kind()}, with_console=True
-        ) as api:
+        async with (
+            TelegramSandbox() as telegram,
+            running_api(
+                database,
+                folder,
+                real_sessions=True,
+                more_kinds={
+                    "desk": server.kind(),
+                    "telegram": telegram_kind(Settings(data_dir=folder, telegram_base_url=telegram.url)),
+                },
+                with_console=True,
+            ) as api,
+        ):
             place = await make_place(database, channel="whatsapp", name="Office")
-            yield Office(api, server, place, await api.make_key(place.tenant_id, "read", "sessions"))
+            yield Office(
+                api, server, telegram, place, await api.make_key(place.tenant_id, "read", "sessions")
+            )
     finally:
         await database.close()
         postgres_server.drop_database(url)

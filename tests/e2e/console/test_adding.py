@@ -130,6 +130,31 @@ async def test_new_credentials_need_only_what_changed_and_wake_a_session_that_wa
     await desk.page.locator('[name="credentials.password"][required]').wait_for()
 
 
+async def test_a_bot_is_added_with_its_token_and_its_customers_are_seen(
+    at_office: Callable[..., Awaitable[Desk]], office: Office
+) -> None:
+    bot, mei = office.telegram.bot("@kedai_bot", "Kedai Aina"), office.telegram.person("Mei Lim")
+    desk = await at_office()
+    await desk.page.goto(f"{office.path}/channels/new")
+    await desk.page.click("text=A Telegram bot")
+    wrong = "123456789:" + "A" * 35
+    await fill(desk, token=wrong)
+    await desk.press("Check and add")
+    said = desk.page.locator("#credentials-token-error")
+    assert "Telegram does not know this token" in await said.inner_text()
+    assert wrong not in await desk.page.content()
+    await fill(desk, token=bot.token)
+    await desk.press("Check and add")
+    await desk.sees("@kedai_bot was accepted.")
+    await desk.sees("Connected", "#standing")
+    await desk.page.click("text=See its conversations")
+    await desk.live()
+    await mei.say(bot, "Is there sourdough left?")
+    await desk.sees("Is there sourdough left?", "#threads")
+    assert bot.token not in await desk.page.content()
+    assert not any(bot.token in url for url in desk.requests)
+
+
 async def test_it_fits_a_phone_in_the_dark_and_every_field_is_named(
     at_office: Callable[..., Awaitable[Desk]], office: Office
 ) -> None:
