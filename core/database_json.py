@@ -41,10 +41,9 @@ def clean(value: Any) -> Any:
 
 def clean_text(text: str) -> str:
     """`text` as a PostgreSQL TEXT can hold it: no NUL, no lone surrogate."""
-    if "\0" in text:
-        text = text.replace("\0", _REPLACEMENT)
-    if text.isascii():
+    if text.isascii() and "\0" not in text:
         return text
+    text = text.replace("\0", _REPLACEMENT)
     try:
         text.encode()
     except UnicodeEncodeError:

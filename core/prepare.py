@@ -58,34 +58,30 @@ def prepare(message: InboundMessage) -> Prepared:
     """Raises Invalid, naming the field."""
     if not _is_id(message.tenant_id) or not _is_id(message.session_id):
         raise Invalid(f"tenant {message.tenant_id!r} or session {message.session_id!r} is no id")
-    if (
-        not message.channel_message_id
-        or len(message.channel_message_id.encode(errors="replace")) > LONGEST_ID
-    ):
+    if not message.channel_message_id or _bytes(message.channel_message_id) > LONGEST_ID:
         raise Invalid(f"channel_message_id must have 1 to {LONGEST_ID} bytes")
     person = message.person
-    if not person.external_id or any(len(x) > LONGEST_ID for x in (person.external_id, *person.aliases)):
+    if not person.external_id or max(map(len, (person.external_id, *person.aliases))) > LONGEST_ID:
         raise Invalid("the message names nobody it is from")
+    # In the order of its fields: by name it takes twice as long, for every message.
     row = Row(
-        tenant_id=message.tenant_id,
-        session_id=message.session_id,
-        channel=message.channel,
-        channel_message_id=clean_text(message.channel_message_id),
-        channel_timestamp=_milliseconds(message.channel_timestamp),
-        occurred_at=_occurred(message),
-        direction=message.direction,
-        role=message.role,
-        sender_identifier=_text(message.sender_identifier),
-        chat_identifier=_text(message.chat_identifier),
-        message_type=str(MessageType.UNSUPPORTED if message.placeholder else message.message_type),
-        content=_text(message.content),
-        reply_to_message_id=_text(message.reply_to_message_id),
-        media_metadata=None
-        if message.media_metadata is None
-        else _json("media_metadata", message.media_metadata),
-        raw_payload=_json("raw_payload", message.raw_payload),
-        is_history=message.is_history,
-        placeholder=message.placeholder,
+        message.tenant_id,
+        message.session_id,
+        message.channel,
+        clean_text(message.channel_message_id),
+        _milliseconds(message.channel_timestamp),
+        _occurred(message),
+        message.direction,
+        message.role,
+        _text(message.sender_identifier),
+        _text(message.chat_identifier),
+        str(MessageType.UNSUPPORTED if message.placeholder else message.message_type),
+        _text(message.content),
+        _text(message.reply_to_message_id),
+        None if message.media_metadata is None else _json("media_metadata", message.media_metadata),
+        _json("raw_payload", message.raw_payload),
+        message.is_history,
+        message.placeholder,
     )
     ids = dict.fromkeys(clean_text(x) for x in (person.external_id, *person.aliases) if x)
     # An own echo carries the sender's name, which is ours.
@@ -98,12 +94,16 @@ def prepare(message: InboundMessage) -> Prepared:
     return Prepared(message, row, wanted)
 
 
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="replace"))
+
+
 def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
 
 
 def _text(value: str | None) -> str | None:
-    return None if value is None else clean_text(value)
+    return clean_text(value) if value else value
 
 
 def _json(field: str, value: dict[str, Any]) -> str:

@@ -12,7 +12,8 @@ import pytest
 from core.channel import InboundMessage, Person, Stored
 from core.database import Database
 from core.history import Counts, HistoryImport
-from core.ingest import ERASED, Ingest
+from core.ingest import Ingest
+from core.ingest_batch import ERASED
 from core.metrics import Metrics
 from core.store import suppressions
 from tests.support.inbound import Place, lid, make_place, phone, running
