@@ -19,6 +19,7 @@ from pathlib import Path
 from aiohttp import web
 
 from core import log, sending
+from core.audit_trail import AuditTrail
 from core.channel import Channel, ChannelKind, SessionContext, Sink
 from core.database import Database, open_owner
 from core.decide.rules import RulesDecider
@@ -153,12 +154,16 @@ class Gateway:
         spool_dir = writable_directory(settings.spool_dir)
         journal = await asyncio.to_thread(Journal, spool_dir / "journal.db")
         self._stack.push_async_callback(asyncio.to_thread, journal.close)
+        kept = await asyncio.to_thread(Journal, spool_dir / "audit.db")
+        self._stack.push_async_callback(asyncio.to_thread, kept.close)
+        self.audit = AuditTrail(self.database, kept)
         self.spool = WebhookSpool(journal, self.database, self.ingest, kinds, metrics)
         # Stopped the other way round: first nothing new is decided or claimed, calls under way end, then the sessions.
         await self._run(self.sessions.start, self.sessions.stop)
         await self._run(self.downloads.start, self.downloads.stop)
         self.pilot = PilotKeeper(self.database, metrics)
         await self._run(self.pilot.start, self.pilot.stop)
+        await self._run(self.audit.start, self.audit.stop)
         await self._run(self.spool.start, self.spool.stop)
         await self._run(self.outbound.start, self.outbound.stop)
         if "worker" not in self.without:
@@ -179,6 +184,7 @@ class Gateway:
             owner=self.owner,
             downloads=self.downloads,
             media=media,
+            audit=self.audit,
         )
         app = make_app(services)
         console.install(

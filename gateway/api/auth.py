@@ -20,6 +20,7 @@ from typing import Literal
 from aiohttp import web
 
 from core import log as logs
+from core.audit_trail import AuditTrail
 from core.database import Database, is_unavailable
 from core.errors import SettingsError
 from core.settings import Settings
@@ -209,7 +210,7 @@ class Keys:
 
 
 async def record_denial(
-    db: Database,
+    trail: AuditTrail,
     principal: Principal,
     *,
     reason: str,
@@ -221,13 +222,11 @@ async def record_denial(
 ) -> None:
     """The `access_denied` row, in the log of the tenant whose key it was: that is who must look after the key."""
     log.warning("access.denied", action=f"{method} {route}", result=reason, key_id=principal.key_id)
-    async with db.worker() as conn:
-        await audit.write(
-            conn,
-            "access_denied",
-            tenant_id=principal.tenant_id,
-            actor=principal.actor,
-            subject_type=subject_type,
-            subject_id=subject_id,
-            detail={"reason": reason, "method": method, "route": route, "request_id": request_id},
-        )
+    await trail.write(
+        "access_denied",
+        tenant_id=principal.tenant_id,
+        actor=principal.actor,
+        subject_type=subject_type,
+        subject_id=subject_id,
+        detail={"reason": reason, "method": method, "route": route, "request_id": request_id},
+    )

@@ -114,6 +114,7 @@ def workers_of(services: Services) -> dict[str, bool]:
         "outbound": services.outbound,
         "downloads": services.downloads,
         "spool": services.spool,
+        "audit": services.audit,
     }
     return {name: bool(part.healthy) for name, part in parts.items() if part is not None}
 

@@ -14,6 +14,7 @@ from typing import Any, Generic, Literal, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, TypeAdapter
 
+from core.audit_trail import AuditTrail
 from core.channel import TenantId
 from core.database import Database
 from core.store import tenants
@@ -158,7 +159,7 @@ class Call(Generic[Q, B]):
     async def deny(self, status: int, reason: str, subject_type: str, subject_id: object = None) -> Problem:
         """Write the audit row of a denial; returns the problem to raise."""
         await auth.record_denial(
-            self.db,
+            self.services.audit or AuditTrail(self.db),
             self.caller,
             reason=reason,
             subject_type=subject_type,

@@ -17,6 +17,7 @@ from core.outbound import DispatchResult, Outcome
 from core.settings import Settings
 
 if TYPE_CHECKING:
+    from core.audit_trail import AuditTrail
     from core.secrets import KeyRing
     from gateway.api.spool import WebhookSpool
     from gateway.media import OutgoingMedia
@@ -85,6 +86,8 @@ class Services:
     downloads: Worker | None = None
     media: OutgoingMedia | None = None
     """Unset: one of the API's own, over the same folder."""
+    audit: AuditTrail | None = None
+    """Unset: a denial while the database is away is no denial but a 503."""
     limits: Limits = Limits()
     owner: str = ""
     started_at: float = field(default_factory=time.time)

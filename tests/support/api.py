@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from core.audit_trail import AuditTrail
 from core.channel import ChannelKind, SessionId
 from core.database import Database
 from core.ingest import Ingest
@@ -239,10 +240,16 @@ async def running_api(
         spool = WebhookSpool(journal, db, ingest, registry, metrics)
         await spool.start()
         stack.push_async_callback(spool.stop)
+        kept = Journal(folder / "audit.db")
+        stack.callback(kept.close)
+        trail = AuditTrail(db, kept)
+        await trail.start()
+        stack.push_async_callback(trail.stop)
         services = Services(
             db=db,
             ingest=ingest,
             spool=spool,
+            audit=trail,
             metrics=metrics,
             settings=settings,
             keys=keys,
