@@ -65,8 +65,6 @@ def registry(settings: Settings, metrics: Metrics) -> dict[str, ChannelKind]:
             whatsapp,
             webhook=convert_webhook,
             settings=check_whatsapp_settings,
-            # What WhatsApp itself lets a new business begin with: 250 strangers a day, growing to 1,000. A burst to people
-            # the number does not know is what gets it banned; everything else goes as fast as WhatsApp takes it.
         ),
         "email": email_kind(metrics),
         "telegram": telegram(settings),
