@@ -10,6 +10,7 @@ import contextlib
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +44,7 @@ from core.errors import (
     DatabaseUnavailable,
     JournalError,
     NotSentError,
+    ThrottledError,
     UnknownOutcomeError,
 )
 from core.identity import external_id, phone_e164
@@ -70,6 +72,8 @@ from gateway.whatsapp.values import Json
 REPLAY_SECONDS = 5.0
 """How long a start waits for an earlier life's entries to be stored before it connects."""
 DRAIN_SECONDS = 2.0
+CUT_OFF_FREE = 10
+"""So often a send that never began costs its item no attempt."""
 LOCK_LOOK = 0.1
 """Between two looks at a folder that somebody else holds."""
 
@@ -126,6 +130,8 @@ class WhatsAppChannel:
         self._inflight: dict[tuple[int, int], ChildProcess] = {}
         self._sends: set[asyncio.Task[Sent]] = set()
         self._gestures: set[asyncio.Task[Any]] = set()
+        self._cut_off: Counter[int] = Counter()
+        """How often a child died under an item that it had not begun to send."""
         self._opening = threading.Lock()
         self._changing = asyncio.Lock()
         self._resolving = asyncio.Lock()
@@ -262,6 +268,7 @@ class WhatsAppChannel:
             raise await self._settle(attempt, str(gone)) from gone
         finally:
             self._inflight.pop(key, None)
+        self._cut_off.pop(attempt.queue_id, None)
         faults.point("whatsapp.send.replied")
         with contextlib.suppress(sqlite3.Error):  # votes would name no options, that is all
             await asyncio.to_thread(self._polls.remember, str(reply["message_id"]), body)
@@ -276,11 +283,18 @@ class WhatsAppChannel:
         """What a send that was cut off became. Nobody works on it any more when this is called."""
         found = await asyncio.to_thread(self._look, attempt)
         if isinstance(found, NotSent):
-            return NotSentError(f"The send was cut off before it began ({cause}).", code="cut_off")
+            return self._never_began(attempt, f"The send was cut off before it began ({cause}).")
         return UnknownOutcomeError(
             f"The send was cut off and nothing proves whether it went out ({cause}).",
             channel_message_id=found.channel_message_id,
         )
+
+    def _never_began(self, attempt: Attempt, detail: str) -> ChannelError:
+        """A child that died is not the message's fault, unless the message is what kills it."""
+        self._cut_off[attempt.queue_id] += 1
+        if self._cut_off[attempt.queue_id] > CUT_OFF_FREE:
+            return NotSentError(detail, code="cut_off")
+        return ThrottledError(detail, retry_after=sending.LINK_WAIT, code="cut_off")
 
     async def resolve(self, attempt: Attempt) -> Sent | NotSent | Unknown:
         key = (int(attempt.queue_id), attempt.claim_epoch)

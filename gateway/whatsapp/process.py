@@ -127,6 +127,9 @@ class ChildProcess:
         stdin = self._process.stdin
         assert stdin is not None
         async with self._lock:
+            # A child that is just dying has closed its end already; uvloop calls writing there a RuntimeError.
+            if stdin.is_closing():
+                raise ChildGone("the WhatsApp child ended")
             stdin.write(encode(line))
             await stdin.drain()
 

@@ -9,17 +9,26 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from tests.faults.whatsapp.rig import Line, Rig
 from tests.support.postgres import PostgresServer
 
 
-def database() -> tuple[PostgresServer, str]:
-    """A server of the run's own, and an empty database on it; the gateway makes its schema. Blocking."""
+@asynccontextmanager
+async def database(url: str | None = None) -> AsyncIterator[tuple[PostgresServer | None, str]]:
+    """The one given, or an empty one on a server of the run's own; the gateway makes its schema."""
+    if url is not None:
+        yield None, url
+        return
     server = PostgresServer()
-    server.start()
-    return server, server.create_database()
+    try:
+        await asyncio.to_thread(server.start)
+        yield server, await asyncio.to_thread(server.create_database)
+    finally:
+        await asyncio.to_thread(server.close)
 
 
 @dataclass(slots=True)

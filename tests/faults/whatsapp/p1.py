@@ -34,7 +34,7 @@ GATEWAY_POINTS = (
     "journal.before_release",
     "journal.after_release",
 )
-PLACEHOLDER_SECONDS = 5.0
+PLACEHOLDER_SECONDS = 3.0
 """Until an unreadable message is given up; ten minutes in earnest."""
 SLOW = 0.03
 """Seconds that an fsync takes on the slow disk."""
@@ -180,26 +180,25 @@ def schedule(count: int, rng: random.Random) -> tuple[list[str], list[str | None
     return kinds, at
 
 
-async def run(plan: Plan) -> Report:
-    report, count = plan.report("P1"), plan.times(8, 300)
+async def run(plan: Plan, *, url: str | None = None) -> Report:
+    report, count = plan.report("P1"), plan.times(6, 300)
     rng = plan.rng("p1")
-    server, url = await asyncio.to_thread(database)
-    try:
-        async with Rig(plan.folder, url, lines=3, rng=rng) as rig:
-            await rig.greet()
-            killing = Killing(rig, rng)
-            children, gateways = schedule(count, rng)
-            await asyncio.gather(
-                *(_lane(killing, line, children[n :: len(rig.lines)]) for n, line in enumerate(rig.lines))
-            )
-            for point in gateways:
-                await killing.gateway(point)
-            await _rest(killing, count)
-            await settle(rig)
-            await judge(rig, killing, report)
-            await beyond_recovery(rig, killing, report)
-    finally:
-        await asyncio.to_thread(server.close)
+    async with (
+        database(url) as (_, address),
+        Rig(plan.folder, address, lines=2 if plan.short else 3, rng=rng) as rig,
+    ):
+        await rig.greet()
+        killing = Killing(rig, rng)
+        children, gateways = schedule(count, rng)
+        await asyncio.gather(
+            *(_lane(killing, line, children[n :: len(rig.lines)]) for n, line in enumerate(rig.lines))
+        )
+        for point in gateways:
+            await killing.gateway(point)
+        await _rest(killing, count)
+        await settle(rig)
+        await judge(rig, killing, report)
+        await beyond_recovery(rig, killing, report)
     return report
 
 

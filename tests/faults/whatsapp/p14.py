@@ -23,7 +23,7 @@ from tests.faults.whatsapp.rig import Line, Rig
 from tests.faults.whatsapp.verdict import judge_inbound, settle
 from tests.support.postgres import PostgresServer
 
-SHORT, LONG = 20.0, 1800.0
+SHORT, LONG = 12.0, 1800.0
 """Seconds."""
 SAMPLE_EVERY = 5.0
 FEW = 50
@@ -125,27 +125,29 @@ class Soak:
 
 async def run(plan: Plan) -> Report:
     report, seconds, rng = plan.report("P14"), plan.seconds(SHORT, LONG), plan.rng("p14")
-    server, url = await asyncio.to_thread(database)
-    try:
-        async with Rig(plan.folder, url, lines=1 if plan.short else 2, rng=rng) as rig:
-            await rig.greet()
-            soak = Soak(rig, server, rng, seconds=seconds)
-            parts = [soak.trouble(), soak.watch()]
-            parts += [work(line) for line in rig.lines for work in (soak.write, soak.order)]
-            tasks = [asyncio.create_task(part) for part in parts]
+    async with (
+        database() as (server, address),
+        Rig(plan.folder, address, lines=1 if plan.short else 2, rng=rng) as rig,
+    ):
+        await rig.greet()
+        assert server is not None
+        soak = Soak(rig, server, rng, seconds=seconds)
+        parts = [soak.trouble(), soak.watch()]
+        parts += [work(line) for line in rig.lines for work in (soak.write, soak.order)]
+        tasks = [asyncio.create_task(part) for part in parts]
+        try:
             ended, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             soak.over.set()
             for task in ended:
                 task.result()  # it should still be at it
             await _end(*tasks[2:])
-            await asyncio.wait_for(tasks[0], 120)
+            await asyncio.wait_for(tasks[0], 180)
             await settle(rig)
-            await soak.orders.finished(within=150)
-            await _end(tasks[1])
-            await judge(soak, report)
-            await soak.orders.close()
-    finally:
-        await asyncio.to_thread(server.close)
+            await soak.orders.finished(within=300)
+        finally:
+            await _end(*tasks)
+        await judge(soak, report)
+        await soak.orders.close()
     return report
 
 

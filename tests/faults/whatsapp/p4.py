@@ -89,7 +89,7 @@ class Cutting(Killer):
         self.rig.sandbox.fail_sends("swallow_ack", times=1, to=to)
         self.swallowed += 1
         await self.orders.place(line, to.number)
-        if pid is None or not await self.rig.child_gone(pid, within=30):
+        if pid is None or not await self.rig.child_gone(pid, within=60):
             return None
         return Kill(how, line.session, self.rig.logins(line))
 
@@ -109,31 +109,30 @@ class Cutting(Killer):
             await rig.online(line, kill.logins)
 
 
-async def run(plan: Plan) -> Report:
-    report, count = plan.report("P4 through WhatsApp"), plan.times(7, 60)
+async def run(plan: Plan, *, url: str | None = None) -> Report:
+    report, count = plan.report("P4 through WhatsApp"), plan.times(5, 60)
     rng = plan.rng("p4")
-    server, url = await asyncio.to_thread(database)
-    try:
-        async with Rig(plan.folder, url, lines=1 if plan.short else 2, rng=rng) as rig:
-            await rig.greet()
-            for line in rig.lines:
-                line.people[-1].auto_receipts = None  # a phone that is off says nothing about what it got
-            orders = Orders(rig, rng)
-            orders.watch()
-            cutting = Cutting(rig, orders, rng)
-            of_gateway = iter(GATEWAY[: max(1, count // 3)])
-            lines = itertools.cycle(rig.lines)
-            for n, how in enumerate(itertools.cycle(CHILD)):
-                if len(cutting.kills) >= count:
-                    break
-                await cutting.child(next(lines), how)
-                if n % 2 == 0 and (point := next(of_gateway, "none")) != "none":
-                    await cutting.gateway(point)
-            await orders.finished(within=90)
-            await judge(cutting, orders, report)
-            await orders.close()
-    finally:
-        await asyncio.to_thread(server.close)
+    async with (
+        database(url) as (_, address),
+        Rig(plan.folder, address, lines=1 if plan.short else 2, rng=rng) as rig,
+    ):
+        await rig.greet()
+        for line in rig.lines:
+            line.people[-1].auto_receipts = None  # a phone that is off says nothing about what it got
+        orders = Orders(rig, rng)
+        orders.watch()
+        cutting = Cutting(rig, orders, rng)
+        of_gateway = iter(GATEWAY[: max(1, count // 3)])
+        lines = itertools.cycle(rig.lines)
+        for n, how in enumerate(itertools.cycle(CHILD)):
+            if len(cutting.kills) >= count:
+                break
+            await cutting.child(next(lines), how)
+            if n % 2 == 0 and (point := next(of_gateway, "none")) != "none":
+                await cutting.gateway(point)
+        await orders.finished(within=300)
+        await judge(cutting, orders, report)
+        await orders.close()
     return report
 
 

@@ -21,7 +21,7 @@ from tests.faults.checker import Report, percentiles
 from tests.faults.run import Plan
 from tests.faults.whatsapp.killing import database
 from tests.faults.whatsapp.orders import Orders
-from tests.faults.whatsapp.rig import Gateway, Line, Rig
+from tests.faults.whatsapp.rig import START, Gateway, Line, Rig
 from tests.faults.whatsapp.verdict import judge_inbound, settle
 from tests.support.gateway import GatewayProcess
 
@@ -59,7 +59,7 @@ class TakeOver:
         """Another gateway on the same database and DATA_DIR."""
         gateway = Gateway(self.rig.folder / "data", **self.rig.gateway.environ)
         self.gateways.append(gateway)
-        await gateway.start()
+        await gateway.start(within=START)
 
     async def owners(self) -> dict[int, str]:
         rows = await self.rig.db.fetch(
@@ -117,7 +117,7 @@ class TakeOver:
         if how == "stopped":
             await self._go_on(old)
         else:
-            await old.start()
+            await old.start(within=START)
 
     async def _kill(self, gateway: GatewayProcess) -> None:
         await gateway.kill()
@@ -144,34 +144,33 @@ def name_of(gateway: GatewayProcess) -> str:
     return str(orjson.loads(started)["owner"])
 
 
-async def run(plan: Plan) -> Report:
+async def run(plan: Plan, *, url: str | None = None) -> Report:
     report, rng = plan.report("P8 through WhatsApp"), plan.rng("p8")
     rounds = ["killed", "drained"] if plan.short else ["killed", "drained", "killed", "stopped"] * 2
-    server, url = await asyncio.to_thread(database)
-    try:
-        async with Rig(plan.folder, url, lines=1 if plan.short else 2, rng=rng) as rig:
-            await rig.greet()
-            taking = TakeOver(rig, rng)
-            try:
-                await taking.second()
-                tasks = [asyncio.create_task(taking.traffic(line)) for line in rig.lines]
-                for how in rounds:
-                    await taking.round(how)
-                for task in tasks:
-                    task.cancel()
-                ended, _ = await asyncio.wait(tasks)
-                for task in ended:
-                    if not task.cancelled():
-                        task.result()
-                await settle(rig)
-                await taking.orders.finished(within=90)
-                await judge(taking, report)
-                await taking.orders.close()
-            finally:
-                for gateway in taking.gateways[1:]:
-                    await gateway.kill()
-    finally:
-        await asyncio.to_thread(server.close)
+    async with (
+        database(url) as (_, address),
+        Rig(plan.folder, address, lines=1 if plan.short else 2, rng=rng) as rig,
+    ):
+        await rig.greet()
+        taking = TakeOver(rig, rng)
+        try:
+            await taking.second()
+            tasks = [asyncio.create_task(taking.traffic(line)) for line in rig.lines]
+            for how in rounds:
+                await taking.round(how)
+            for task in tasks:
+                task.cancel()
+            ended, _ = await asyncio.wait(tasks)
+            for task in ended:
+                if not task.cancelled():
+                    task.result()
+            await settle(rig)
+            await taking.orders.finished(within=300)
+            await judge(taking, report)
+            await taking.orders.close()
+        finally:
+            for gateway in taking.gateways[1:]:
+                await gateway.kill()
     return report
 
 

@@ -20,26 +20,22 @@ from tests.faults.whatsapp.verdict import judge_inbound, settle
 KILL_EVERY = 3.0
 
 
-async def run(plan: Plan) -> Report:
+async def run(plan: Plan, *, url: str | None = None) -> Report:
     report, rng = plan.report("P9"), plan.rng("p9")
-    count, senders, seconds = (100, 20, 6.0) if plan.short else (1000, 100, 60.0)
-    server, url = await asyncio.to_thread(database)
-    try:
-        async with Rig(plan.folder, url, lines=2, rng=rng) as rig:
-            measured, other = rig.lines
-            killer = Killer(rig, rng)
-            killing = asyncio.create_task(keep_killing(killer, other))
-            ids = await open_loop(rig, measured, rng, count, senders, seconds)
-            killing.cancel()
-            await asyncio.wait([killing])
-            await settle(rig)
-            report.figures |= killer.told()
-            report.figures["senders, seconds"] = f"{senders}, {seconds:.0f}"
-            report.check("the other session's child was killed", len(killer.kills) > 0)
-            await judge_inbound(rig, report)
-            report.figures["arrival to transaction, ms"] = percentiles(await latencies(rig, ids))
-    finally:
-        await asyncio.to_thread(server.close)
+    count, senders, seconds = (60, 20, 3.0) if plan.short else (1000, 100, 60.0)
+    async with database(url) as (_, address), Rig(plan.folder, address, lines=2, rng=rng) as rig:
+        measured, other = rig.lines
+        killer = Killer(rig, rng)
+        killing = asyncio.create_task(keep_killing(killer, other))
+        ids = await open_loop(rig, measured, rng, count, senders, seconds)
+        killing.cancel()
+        await asyncio.wait([killing])
+        await settle(rig)
+        report.figures |= killer.told()
+        report.figures["senders, seconds"] = f"{senders}, {seconds:.0f}"
+        report.check("the other session's child was killed", len(killer.kills) > 0)
+        await judge_inbound(rig, report)
+        report.figures["arrival to transaction, ms"] = percentiles(await latencies(rig, ids))
     return report
 
 

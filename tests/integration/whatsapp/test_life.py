@@ -18,6 +18,7 @@ from core.channel import LocalFile, MessageType, NotSent, OutboundMessage, Unkno
 from core.errors import NotSentError, ThrottledError, UnknownOutcomeError
 from gateway.whatsapp import store
 from gateway.whatsapp.folder import FolderLock
+from gateway.whatsapp.process import ChildGone
 from gateway.whatsapp.protocol import Exit, store_path
 from sandbox.whatsapp.phone import Phone
 from tests.integration.whatsapp.conftest import QUICK, Session, make_session
@@ -288,6 +289,35 @@ async def test_after_a_log_out_missing_secrets_prove_nothing(session: Session, m
         await session.channel.send(message)
     await session.channel.logout()
     assert await session.channel.resolve(message.attempt) == Unknown("keys_gone")
+
+
+async def test_a_child_that_dies_under_a_send_costs_the_message_an_attempt_only_after_many_times(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.whatsapp.channel.CUT_OFF_FREE", 1)
+    await session.channel.disconnect()
+    monkeypatch.setenv("FAULTS", "whatsapp.send.before=kill")
+    await session.channel.connect()
+    await session.sink.stands("active")
+    message = session.text("whatsapp:+60111222333", "poison?")
+    errors: list[NotSentError] = []
+    while len(errors) < 2:
+        async with asyncio.timeout(30):
+            await session.channel._supervisor.link.wait()
+        with pytest.raises(NotSentError) as error:
+            await session.channel.send(message)
+        if error.value.code == "cut_off":
+            errors.append(error.value)
+    assert [isinstance(error, ThrottledError) for error in errors] == [True, False]
+
+
+async def test_asking_a_child_that_has_closed_its_ear_is_answered_at_once(session: Session) -> None:
+    child = session.channel._supervisor.child
+    assert child is not None
+    assert child._process.stdin is not None
+    child._process.stdin.close()  # as a child does that is being killed, a moment before it is gone
+    with pytest.raises(ChildGone):
+        await child.ask("ping", seconds=30)
 
 
 async def test_a_caller_that_gives_up_leaves_the_send_watched(session: Session, mei: Phone) -> None:
