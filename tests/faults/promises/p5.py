@@ -61,8 +61,8 @@ async def paused(plan: Plan, report: Report, ttl: float, rounds: int, server: di
                     other.wake()
                     nodes.reverse()
         await world.peer.hush()
-        await world.taken_in(120)
-        await world.settled(3 * ttl + 60)
+        await world.taken_in(300)
+        await world.settled(300)
         report.figures["rounds of SIGSTOP"] = rounds
         report.figures["seconds to take over"] = checker.percentiles(takeovers)
         report.at_most("most seconds to take over", max(takeovers), 2 * ttl)
@@ -106,7 +106,7 @@ async def feed_steadily(world: World, shops: list[Shop]) -> None:
         place += 1
         for shop in shops:
             await world.enqueue_many(shop, [(f"c{n}", str(place)) for n in range(3)])
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(2)
 
 
 async def owned_by(world: World, shops: list[Shop], node: Node, within: float) -> float:
