@@ -76,6 +76,7 @@ class Peer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._calls: Counter[str] = Counter()
         self._quiet = asyncio.Event()
+        self._talking: asyncio.Task[None] | None = None
 
     async def serve(self) -> None:
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=wire.LIMIT)
@@ -108,12 +109,13 @@ class Peer:
                     session.waiting[item["id"]] = item | {"ms": int(time.time() * 1000)}
                 session.look()
             case "traffic":
-                self._spawn(self._traffic(order))
+                self._talking = asyncio.create_task(self._traffic(order))
             case "hush":
                 self._quiet.set()
             case "status":
                 waiting = sum(len(s.waiting) for s in self._sessions.values())
-                return {"waiting": waiting, "busy": len(self._tasks), "calls": dict(self._calls)}
+                talking = self._talking is not None and not self._talking.done()
+                return {"waiting": waiting, "talking": talking, "calls": dict(self._calls)}
         return {"done": True}
 
     async def _traffic(self, order: dict[str, Any]) -> None:
@@ -293,7 +295,7 @@ class PeerProcess:
     async def waiting(self) -> int:
         """Messages not acknowledged, or not offered yet."""
         answer = await self._order("status")
-        return int(answer["waiting"]) + int(answer["busy"])
+        return int(answer["waiting"]) + int(answer["talking"])
 
     async def calls(self) -> dict[str, int]:
         """How many calls ended how."""
