@@ -1,4 +1,4 @@
-"""A gateway process killed at each step of an update and of a send: each update stored once, nothing sent twice.
+"""A gateway process killed between the steps of an update and of a send: each update stored once, nothing sent twice.
 
 The whole product: a real process, a real database, the Bot API of the sandbox. The steps run side by side.
 """
@@ -84,11 +84,16 @@ class Story:
             row = await eventually(lambda: self._settled(db, queue_id), seconds=PATIENCE, what=send_point)
             assert row["status"] == outcome, (send_point, row["status"], row["last_error"])
             await self._goes_on(db, tenant, session)
+            said += await self._by_webhook(db, gateway, f"{tenant}/{session}")
             assert len(self.tg_sent("only once")) == 1
             rows = await db.fetch(
                 "SELECT content FROM et_messages WHERE direction = 'inbound' ORDER BY occurred_at, id"
             )
-            assert [row["content"] for row in rows] == [f"line {n}" for n in range(6)]
+            assert [row["content"] for row in rows] == [
+                *(f"line {n}" for n in range(6)),
+                "by webhook",
+                "asked again",
+            ]
             offset = await db.fetchval(
                 "SELECT value->>'offset' FROM et_session_cursors WHERE name = 'updates'"
             )
@@ -99,6 +104,29 @@ class Story:
             if self.gateway is not None:
                 await self.gateway.kill()
             db.terminate()
+
+    async def _by_webhook(self, db: asyncpg.Connection[Any], gateway: GatewayProcess, at: str) -> list[str]:
+        """Telegram delivers to the gateway's own route and proves itself; and is asked again when the setting goes."""
+        await gateway.ok("PATCH", f"/sessions/{at}", {"settings": {"webhook_url": gateway.url}})
+
+        async def webhook_is(there: bool) -> bool:
+            return (self.bot.webhook is not None) is there
+
+        await eventually(lambda: webhook_is(True), seconds=PATIENCE, what="the webhook set")
+        by_webhook = await self.mei.say(self.bot, "by webhook")
+        await self._stored(db, [by_webhook])
+        forged = {
+            "update_id": 1,
+            "message": {"message_id": 99, "chat": {"id": self.mei.id}, "text": "forged"},
+        }
+        header = {"X_Telegram_Bot_Api_Secret_Token": "guessed"}
+        status, _ = await gateway.api("POST", f"/webhook/{at}", forged, key=None, **header)
+        assert status == 401
+        await gateway.ok("PATCH", f"/sessions/{at}", {"settings": {}})
+        await eventually(lambda: webhook_is(False), seconds=PATIENCE, what="the webhook taken away")
+        asked = await self.mei.say(self.bot, "asked again")
+        await self._stored(db, [asked])
+        return [by_webhook, asked]
 
     def tg_sent(self, text: str) -> list[Any]:
         return [one for one in self.tg.sent(text) if one.bot is self.bot]
