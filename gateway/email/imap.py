@@ -24,6 +24,7 @@ from aioimaplib.aioimaplib import (
     IMAP4,
     NONAUTH,
     Command,
+    FetchCommand,
     IMAP4ClientProtocol,
     IncompleteRead,
     Response,
@@ -77,6 +78,22 @@ class Item:
     body: bytes | None
 
 
+class _Fetch(FetchCommand):  # type: ignore[misc]
+    """The library's, without looking at every earlier line for each new one: thousands of lines would block the loop."""
+
+    _open = 0
+
+    def append_to_resp(self, line: bytes | bytearray, result: str = "Pending") -> None:
+        if isinstance(line, bytes) and result == "Pending":
+            if _FETCHED.match(line):
+                self._open = 0
+            self._open += line.count(b"(") - line.count(b")")
+        super().append_to_resp(line, result)
+
+    def wait_data(self) -> bool:
+        return self._open != 0 or self.wait_literal_data()
+
+
 class _Protocol(IMAP4ClientProtocol):  # type: ignore[misc]
     """The library's protocol, with everything recorded that it drops."""
 
@@ -106,7 +123,8 @@ class _Protocol(IMAP4ClientProtocol):  # type: ignore[misc]
             self._end(f"{type(error).__name__}")
             self.abort()
 
-    def abort(self) -> None:
+    def abort(self, why: str = "given up") -> None:
+        self._end(why)
         if self.transport is not None:
             self.transport.abort()
 
@@ -361,8 +379,9 @@ class Imap:
             what += " BODY.PEEK[]" if first is None else f" BODY.PEEK[]<0.{first}>"
         for start in range(0, len(uids), AT_ONCE):
             wanted = uids[start : start + AT_ONCE]
+            command = _Fetch(self._protocol.new_tag(), _set(wanted), f"({what})", prefix="UID")
             answer = await self._run(
-                self._client.protocol.fetch(_set(wanted), f"({what})", by_uid=True),
+                self._protocol.execute(command),
                 self._timings.fetch if bodies else self._timings.command,
             )
             found += [item for item in _items(answer.lines) if item.uid in set(wanted)]
@@ -453,7 +472,7 @@ class Imap:
             if lost.done():
                 # The TLS or connection error says more than "closed".
                 raise _cause(self._client._client_task) or ImapLost(lost.result())
-            self._protocol.abort()
+            self._protocol.abort("no answer in time")
             raise ImapLost("no answer in time")
         except (aioimaplib.AioImapException, AttributeError) as error:
             self._protocol.abort()

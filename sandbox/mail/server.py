@@ -126,6 +126,8 @@ class MailSandbox:
         self.returned: list[bytes] = []
         """Mail for people nobody knows; kept, so that a test can look."""
         self.orders = Orders()
+        self.tokens: set[str] = set()
+        """Access tokens that open the mailbox as well (XOAUTH2)."""
         self.log_ins_refused = False
         self.imap_port = self.smtp_port = self.starttls_port = 0
         self._certificate: Certificate | None = None
@@ -177,7 +179,7 @@ class MailSandbox:
         tls: ssl.SSLContext | None,
         upgrade: ssl.SSLContext | None,
     ) -> asyncio.Server:
-        handler = Handler(self.orders, self._submitted)
+        handler = Handler(self.orders, self._submitted, self._may_enter)
 
         def connection() -> asyncio.Protocol:
             return make_server(handler, self._may_enter, self, loop=loop, tls=upgrade)
@@ -290,8 +292,9 @@ class MailSandbox:
     # ---- connections
 
     def _may_enter(self, user: str, password: str) -> bool:
-        right = user.lower() == self.account.address.lower() and imap_server.same(
-            password, self.account.password
+        known = (self.account.password, *self.tokens)
+        right = user.lower() == self.account.address.lower() and any(
+            imap_server.same(password, one) for one in known
         )
         return right and not self.log_ins_refused
 

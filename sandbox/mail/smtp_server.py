@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
+import re
 import ssl
 import warnings
 from collections.abc import Callable
@@ -34,9 +36,23 @@ class Orders:
 class Handler:
     """aiosmtpd's hooks. `deliver` gets sender, recipients and the mail; what it raises is answered with 451."""
 
-    def __init__(self, orders: Orders, deliver: Callable[[str, list[str], bytes, str], None]) -> None:
+    def __init__(
+        self,
+        orders: Orders,
+        deliver: Callable[[str, list[str], bytes, str], None],
+        log_in: Callable[[str, str], bool],
+    ) -> None:
         self._orders = orders
         self._deliver = deliver
+        self._log_in = log_in
+
+    async def auth_XOAUTH2(self, server: SMTP, words: list[str]) -> AuthResult:
+        """A bearer token in the place of a password."""
+        said = base64.b64decode(words[1]).decode("utf-8", "replace") if len(words) > 1 else ""
+        match = re.fullmatch("user=(.*)\1auth=Bearer (.*)\1\1", said)
+        if match is not None and self._log_in(match[1], match[2]):
+            return AuthResult(success=True, auth_data=match[1])
+        return AuthResult(success=False, handled=False)
 
     async def handle_MAIL(
         self, server: SMTP, session: SmtpSession, envelope: Envelope, address: str, options: list[str]
