@@ -116,9 +116,12 @@ CACHE: web.AppKey[SessionCache] = web.AppKey("webhook_sessions", SessionCache)
     scope="sessions",
     returns={200: Received},
     problems=(401, 403),
-    raw_body="A Baileys object, a list of them or `{messages: […]}`; or a WhatsApp Cloud API notification.",
+    raw_body="A Baileys object, a list of them or `{messages: […]}`; a WhatsApp Cloud API notification; a Telegram update.",
     while_suspended=True,
-    headers=(("X-Hub-Signature-256", "`sha256=` and the HMAC of the body with the session's `app_secret`."),),
+    headers=(
+        ("X-Hub-Signature-256", "`sha256=` and the HMAC of the body with the session's `app_secret`."),
+        ("X-Telegram-Bot-Api-Secret-Token", "The session's `webhook_secret`."),
+    ),
 )
 async def receive(call: Call[AnyQuery, NoBody]) -> Received:
     """Take messages from outside.
@@ -187,7 +190,8 @@ async def _proven(call: Call[Any, Any], tenant_id: int, session_id: int, raw: by
         proven = isinstance(secret, str) and bool(secret) and _same(token or "", secret)
     if known is None or not proven:
         # The same answer for a session that does not exist: ids are not for guessing.
-        raise auth.unauthenticated("the signature does not fit; check the session's app_secret")
+        name = "app_secret" if signature is not None else "webhook_secret"
+        raise auth.unauthenticated(f"it does not fit; check the session's {name}")
     return known
 
 
