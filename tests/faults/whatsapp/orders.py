@@ -42,6 +42,7 @@ class Orders:
     """Called for each message that reaches WhatsApp's server, before the server does anything about it."""
     _backend: asyncpg.Connection[Any] | None = None
     _number: int = 0
+    _one: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def watch(self) -> None:
         calls = self.rig.sandbox.calls
@@ -64,23 +65,26 @@ class Orders:
         text = f"order {self._number}"
         if to is None:
             to = str(line.group.jid) if self.rng.random() < 0.15 else self.rng.choice(line.people).number
+        async with self._one:  # a connection that dies under two tasks at once says strange things
+            row = await self._put(line.session, to, text)
+        assert row is not None
+        self.placed[text] = Order(row["queue_id"], line.session, to)
+
+    async def _put(self, session: int, to: str, text: str) -> asyncpg.Record | None:
         while True:
             try:
                 backend = await self._connected()
-                row = await backend.fetchrow(
+                return await backend.fetchrow(
                     "SELECT * FROM et_enqueue_outbound($1, $2, $3, $4, 'text', NULL, $5)",
                     self.rig.tenant,
-                    line.session,
+                    session,
                     to,
                     text,
                     text,
                 )
-                break
             except (GatewayError, *LOST):
                 await self.close()
                 await asyncio.sleep(0.2)
-        assert row is not None
-        self.placed[text] = Order(row["queue_id"], line.session, to)
 
     async def place_some(self, line: Line, count: int, gap: float = 0.02) -> None:
         for _ in range(count):

@@ -21,7 +21,7 @@ from tests.faults.checker import Report, percentiles
 from tests.faults.run import Plan
 from tests.faults.whatsapp.killing import database
 from tests.faults.whatsapp.orders import Orders
-from tests.faults.whatsapp.rig import START, Gateway, Line, Rig
+from tests.faults.whatsapp.rig import Gateway, Line, Rig
 from tests.faults.whatsapp.verdict import judge_inbound, settle
 from tests.support.gateway import GatewayProcess
 
@@ -59,7 +59,7 @@ class TakeOver:
         """Another gateway on the same database and DATA_DIR."""
         gateway = Gateway(self.rig.folder / "data", **self.rig.gateway.environ)
         self.gateways.append(gateway)
-        await gateway.start(within=START)
+        await gateway.start()
 
     async def owners(self) -> dict[int, str]:
         rows = await self.rig.db.fetch(
@@ -117,7 +117,7 @@ class TakeOver:
         if how == "stopped":
             await self._go_on(old)
         else:
-            await old.start(within=START)
+            await old.start()
 
     async def _kill(self, gateway: GatewayProcess) -> None:
         await gateway.kill()

@@ -38,6 +38,9 @@ START = 120.0
 class Gateway(GatewayProcess):
     module = "tests.faults.whatsapp.gateway"
 
+    async def start(self, within: float = START) -> None:
+        await super().start(within)
+
 
 @dataclass(slots=True)
 class Line:
@@ -193,7 +196,7 @@ class Rig(Stack):
     async def restart_gateway(self, faults: str = "") -> None:
         """A new gateway process with these armed in it (its children are well)."""
         self.gateway.environ["FAULTS"] = faults
-        await self.gateway.start(within=START)
+        await self.gateway.start()
 
     # ---- looking ----
 
