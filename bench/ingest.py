@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import os
 import random
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -108,6 +110,18 @@ class Clock:
         self._way.rates.append(self.rows / (time.monotonic() - self._began))
         self._way.own_us.append((time.process_time() - self._own_before) / rows * 1e6)
         self._way.server_us.append((await self._server() - self._server_before) / rows * 1e6)
+
+
+def fsyncs(count: int = 60) -> list[float]:
+    """Seconds each took, in the folder that embedded servers are started in."""
+    found = []
+    with tempfile.TemporaryFile() as file:
+        for _ in range(count):
+            began = time.monotonic()
+            os.pwrite(file.fileno(), bytes(8192), 0)
+            os.fsync(file.fileno())
+            found.append(time.monotonic() - began)
+    return found
 
 
 class Bench:
@@ -321,10 +335,16 @@ class Bench:
             figure("processor time a row, ingest", best.cpu()),
             figure("processor time a row, plain `unnest`", unnest.cpu()),
         ]
-        waits = await self.open_loop(max(self.seconds, 3.0))
-        found.append(
-            figure(f"arrival to commit at {self.rate:,}/s, open loop", percentiles(waits), "p95 ≤ 5 ms")
-        )
+        # In pieces, each between looks at the disk: a commit cannot be quicker than its fsync is at that moment.
+        waits: list[float] = []
+        syncs = await asyncio.to_thread(fsyncs)
+        for _ in range(self.rounds):
+            waits += await self.open_loop(max(self.seconds, 2.0))
+            syncs += await asyncio.to_thread(fsyncs)
+        found += [
+            figure(f"arrival to commit at {self.rate:,}/s, open loop", percentiles(waits), "p95 ≤ 5 ms"),
+            figure("meanwhile, writing and fsyncing 8 kB to a file and nothing else", percentiles(syncs)),
+        ]
         return found
 
 
