@@ -7,6 +7,7 @@ an error that leaves this module holds the token.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import ssl
 from collections.abc import AsyncIterator, Mapping
@@ -50,7 +51,9 @@ class Timings:
     most_wait: float = 60.0
     look: float = 60.0
     """Between two looks at a webhook, or at a token that was refused."""
-    stop: float = 3.0
+    stop: float = 2.0
+    drain: float = 5.0
+    """How long a stop waits for calls under way: cut off, nobody would know what became of them."""
 
 
 @cache
@@ -195,12 +198,10 @@ class BotApi:
             yield response
 
     async def close(self) -> None:
-        async with asyncio.timeout(self.timings.stop):
-            await asyncio.gather(
-                *(request.shutdown() for request in self._requests),
-                self._downloads.aclose(),
-                return_exceptions=True,
-            )
+        closing = (*(request.shutdown() for request in self._requests), self._downloads.aclose())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.timings.stop):
+                await asyncio.gather(*closing, return_exceptions=True)
 
 
 def upload(handle: Any, filename: str) -> InputFile:

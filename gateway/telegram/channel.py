@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from telegram.error import BadRequest, ChatMigrated, TelegramError
+from telegram.error import BadRequest, ChatMigrated, Forbidden, TelegramError
 
 from core import faults, log
 from core.channel import (
@@ -22,6 +23,7 @@ from core.channel import (
     MessageId,
     MessageType,
     NotSent,
+    NumberCheck,
     OutboundMessage,
     Sent,
     SessionContext,
@@ -74,6 +76,8 @@ class TelegramChannel:
         self._run: asyncio.Task[None] | None = None
         self._keeping: set[asyncio.Task[None]] = set()
         self._calls: set[tuple[int, int]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._moved: dict[int, int] = {}
         """Groups that became supergroups, old id to new."""
         self._changing = asyncio.Lock()
@@ -141,14 +145,16 @@ class TelegramChannel:
     async def _stop(self) -> None:
         tasks = [task for task in (self._run, *self._keeping) if task is not None]
         self._run = None
+        api, self._api = self._api, None
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=self._timings.stop)
-        api, self._api = self._api, None
         if api is not None:
             with contextlib.suppress(TimeoutError):
-                await api.close()
+                async with asyncio.timeout(self._timings.drain):
+                    await self._idle.wait()
+            await api.close()
 
     async def _publish(self, state: SessionState) -> None:
         if state != self._state:
@@ -163,12 +169,17 @@ class TelegramChannel:
         draft = outgoing.draft(message, self._settings, await self._topic(message))
         draft = self._followed(draft)
         self._calls.add(key)
+        self._idle.clear()
         try:
             await self._show_typing(api, message, draft)
             await self._pace.turn(draft.chat_id)
+            if self._api is not api:  # stopped meanwhile: nothing is begun on its way out
+                raise _not_connected()
             return await self._hand_over(api, draft, message.attempt)
         finally:
             self._calls.discard(key)
+            if not self._calls:
+                self._idle.set()
 
     async def _hand_over(self, api: BotApi, draft: Draft, attempt: Attempt) -> Sent:
         await self._intend(attempt)
@@ -232,11 +243,7 @@ class TelegramChannel:
 
     def _connected(self) -> BotApi:
         if self._api is None:
-            raise ThrottledError(
-                "The session is not connected to Telegram at this moment.",
-                retry_after=2.0,
-                code="not_connected",
-            )
+            raise _not_connected()
         return self._api
 
     async def _intend(self, attempt: Attempt) -> None:
@@ -326,6 +333,20 @@ class TelegramChannel:
         self._keeping.add(task)
         task.add_done_callback(self._keeping.discard)
 
+    async def check(self, recipients: Sequence[str]) -> dict[str, bool]:
+        """Whether the bot knows these chats, as it does once they wrote. A block only shows when something is sent."""
+        api, found = self._connected(), {}
+        for recipient in recipients:
+            try:
+                await api.call("getChat", {"chat_id": outgoing.chat_of(recipient)})
+            except (BadRequest, Forbidden):
+                found[recipient] = False
+            except TelegramError as error:
+                raise self._failure(error, Draft("getChat", {"chat_id": 0})) from None
+            else:
+                found[recipient] = True
+        return found
+
     # ---- manners ----
 
     async def typing(self, recipient: str, on: bool) -> None:
@@ -361,6 +382,12 @@ class TelegramChannel:
         await download(self._api, message, target)
 
 
+def _not_connected() -> ThrottledError:
+    return ThrottledError(
+        "The session is not connected to Telegram at this moment.", retry_after=2.0, code="not_connected"
+    )
+
+
 def _sent(result: Any, draft: Draft, attempt: Attempt) -> Sent:
     """The message's own id; what changes another message gets one that no other row has."""
     fields = obj(result)
@@ -377,6 +404,8 @@ def _sent(result: Any, draft: Draft, attempt: Attempt) -> Sent:
     return Sent(f"{about}:{draft.method}:{attempt.queue_id}", datetime.now(UTC))
 
 
-def _keeps_the_contract(context: SessionContext, sink: Sink) -> tuple[Channel, MediaSource, Typing]:
+def _keeps_the_contract(
+    context: SessionContext, sink: Sink
+) -> tuple[Channel, MediaSource, NumberCheck, Typing]:
     channel = TelegramChannel(context, sink)
-    return channel, channel, channel
+    return channel, channel, channel, channel

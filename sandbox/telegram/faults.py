@@ -14,6 +14,7 @@ class Action(StrEnum):
     FAIL_AFTER = "fail_after"  # it happens, and the answer is an error all the same
     HANG_BEFORE = "hang_before"  # nothing happens, and nothing is answered
     HANG_AFTER = "hang_after"  # it happens, and nothing is answered
+    SLOW = "slow"  # it happens, and is answered after a while
     GARBAGE = "garbage"  # it happens, and the answer cannot be read
 
 

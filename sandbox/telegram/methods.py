@@ -29,6 +29,7 @@ class Methods:
             "deletewebhook": self._delete_webhook,
             "getwebhookinfo": self._webhook_info,
             "getfile": self._get_file,
+            "getchat": self._get_chat,
             "sendmessage": self._send_message,
             "sendlocation": self._send_location,
             "sendvenue": self._send_venue,
@@ -74,6 +75,13 @@ class Methods:
         if hook and hook.last_error:
             info |= {"last_error_message": hook.last_error, "last_error_date": hook.last_error_at}
         return info
+
+    def _get_chat(self, bot: Bot, params: Json) -> Json:
+        chat_id = _chat_id(params)
+        person = self._world.people.get(chat_id)
+        if chat_id not in self._world.groups and (person is None or bot.id not in person.started):
+            raise ApiError(400, "Bad Request: chat not found")
+        return self._world.chat_json(chat_id)
 
     # ---- files ----
 

@@ -139,7 +139,7 @@ class TelegramSandbox:
         self, when: str = "before", *, method: str | None = None, times: int | None = 1, code: int = 502
     ) -> None:
         """Connections of the next calls break `before`, `during` or `after` acceptance. More of the kind: `hang_before`,
-        `hang_after` (no answer at all), `fail_after` (accepted, answered with `code`), `garbage`."""
+        `hang_after` (no answer at all), `fail_after` (accepted, answered with `code`), `garbage`, `slow`."""
         action = Action(f"cut_{when}" if when in ("before", "during", "after") else when)
         self._faults.calls.append(Fault(action, method, code, "Bad Gateway", None, times))
 

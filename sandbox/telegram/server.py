@@ -21,6 +21,7 @@ _STRUCTURES = frozenset({"entities", "caption_entities", "reply_parameters", "al
                          "link_preview_options"})  # fmt: skip
 MAX_BODY = 80 << 20
 WEBHOOK_RETRY = 0.2
+SLOW_SECONDS = 0.4
 
 
 class Cut(Exception):
@@ -150,6 +151,8 @@ class Server:
             raise Cut
         if action is Action.HANG_AFTER:
             await self._hang(request)
+        if action is Action.SLOW:
+            await asyncio.sleep(SLOW_SECONDS)
         if fault is not None and action is Action.FAIL_AFTER:
             return _error(_ordered(fault))
         if action is Action.GARBAGE:

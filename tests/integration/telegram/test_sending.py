@@ -308,6 +308,30 @@ async def test_without_the_database_nothing_is_begun(session: Session, mei: Pers
     assert not list(session.tg.accepted)
 
 
+async def test_a_stop_waits_for_the_call_that_is_under_way_and_begins_no_other(
+    session: Session, mei: Person
+) -> None:
+    session.tg.cut("slow")
+    under_way = asyncio.create_task(session.send(mei, "under way"))
+    await mei.wait_for_text("under way")
+    waiting = asyncio.create_task(session.channel.disconnect())
+    await asyncio.sleep(0)
+    with pytest.raises(ThrottledError) as error:
+        await session.send(mei, "too late")
+    assert error.value.code == "not_connected"
+    assert await under_way
+    await waiting
+    assert session.tg.sent("too late") == []
+
+
+async def test_who_never_wrote_to_the_bot_cannot_be_reached(
+    session: Session, mei: Person, tg: TelegramSandbox
+) -> None:
+    stranger = tg.person("Stranger")
+    found = await session.channel.check([mei.address, stranger.address, "telegram:5"])
+    assert found == {mei.address: True, stranger.address: False, "telegram:5": False}
+
+
 # --- manners
 
 
