@@ -7,6 +7,7 @@ Bodies of one lane are posted one after the other, each until it is received; la
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import sys
 import time
@@ -47,6 +48,13 @@ class Job:
 
 
 async def post_all(job: Job, ledger: Ledger) -> None:
+    """Until everything is posted, or standard input ends: then what was begun is finished, and nothing new begun."""
+    stop = asyncio.Event()
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
+    )
+    stopping = asyncio.create_task(_until_told(reader, stop))
     lanes: dict[str, list[Post]] = defaultdict(list)
     for post in job.posts:
         lanes[post.lane].append(post)
@@ -54,17 +62,33 @@ async def post_all(job: Job, ledger: Ledger) -> None:
     connector = aiohttp.TCPConnector(limit=40, force_close=True)
     timeout = aiohttp.ClientTimeout(total=job.timeout)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
-        await asyncio.gather(*(_lane(job, name, posts, http, ledger, began) for name, posts in lanes.items()))
+        await asyncio.gather(
+            *(_lane(job, name, posts, http, ledger, began, stop) for name, posts in lanes.items())
+        )
+    stopping.cancel()
+
+
+async def _until_told(reader: asyncio.StreamReader, stop: asyncio.Event) -> None:
+    await reader.read()
+    stop.set()
 
 
 async def _lane(
-    job: Job, name: str, posts: list[Post], http: aiohttp.ClientSession, ledger: Ledger, began: float
+    job: Job,
+    name: str,
+    posts: list[Post],
+    http: aiohttp.ClientSession,
+    ledger: Ledger,
+    began: float,
+    stop: asyncio.Event,
 ) -> None:
     chance = random.Random(f"{job.seed}/{name}")
     for post in posts:
-        wait = began + post.at - time.monotonic()
-        if wait > 0:
-            await asyncio.sleep(wait)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, began + post.at - time.monotonic())):
+                await stop.wait()
+        if stop.is_set():
+            return
         for _ in range(job.times):
             while not await _post(job, post, http, ledger, chance):
                 if time.monotonic() - began > job.patience:
@@ -103,7 +127,13 @@ class PosterProcess:
 
     async def __aenter__(self) -> PosterProcess:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.faults.poster", str(self._job_path), str(self.ledger), cwd=ROOT
+            sys.executable,
+            "-m",
+            "tests.faults.poster",
+            str(self._job_path),
+            str(self.ledger),
+            cwd=ROOT,
+            stdin=asyncio.subprocess.PIPE,
         )
         return self
 
@@ -114,8 +144,13 @@ class PosterProcess:
             self._process.kill()
             await self._process.wait()
 
+    def hush(self) -> None:
+        """Begin nothing new."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
     async def finished(self, within: float) -> None:
-        """Everything received, or given up."""
+        """Everything that was begun is received, or given up."""
         async with asyncio.timeout(within):
             code = await self._process.wait()
         assert code == 0, f"the poster ended with {code}"

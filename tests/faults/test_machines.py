@@ -24,8 +24,9 @@ from hypothesis.stateful import (
 
 from core.channel import SessionId
 from core.database_json import set_codecs
-from core.store import dispatching, leases
-from core.store.dispatching import Due, Mark
+from core.store import claiming, dispatching, leases
+from core.store.claiming import Due
+from core.store.dispatching import Mark
 from core.store.leases import Bid
 
 T = TypeVar("T")
@@ -269,7 +270,7 @@ class Queue(OnDatabase):
             transaction = self.conn.transaction()
             await transaction.start()
             due = [Due(SessionId(session), limit) for session in self.sessions]
-            found = await dispatching.claim(self.conn, owner, due, limit=limit)
+            found = await claiming.claim(self.conn, owner, due, limit=limit)
             await (transaction.commit() if answered else transaction.rollback())
             return found
 

@@ -21,7 +21,7 @@ FORMS = ("phone", "lid", "both")
 
 async def run(plan: Plan, **server: Any) -> Report:
     report = plan.report("P2")
-    people = plan.times(5, 200)
+    people = plan.times(3, 200)
     async with World(plan, **server) as world:
         # Two gateways with folders of their own: nothing is shared but the database.
         nodes = [

@@ -43,11 +43,12 @@ async def run(plan: Plan, **server: Any) -> Report:
         await node.start()
         live = [shop.session for shop in shops[:3]]
         await world.peer.traffic(live, rate=rate, senders=SENDERS, seed=f"{plan.seed}")
-        job = webhooks(plan, node, shops[3], kills * 60)
+        job = webhooks(plan, node, shops[3], 200 + kills * 150)
         async with PosterProcess(plan.folder, "poster", job) as poster:
             died = await kill_again_and_again(node, chance, kills)
             report.figures["kills"] = {"planned": kills, "at a fault point": died}
             await world.peer.hush()
+            poster.hush()
             report.figures["seconds until everything was acknowledged"] = round(await world.taken_in(120), 1)
             await poster.finished(120)
             await drained(world, shops[1])

@@ -48,7 +48,7 @@ async def run(plan: Plan) -> Report:
         rate = 15.0
         await world.peer.traffic(live, rate=rate, senders=SENDERS, seed=f"{plan.seed}/p6")
         total = sum(seconds + 10 for _, seconds in outages)
-        job = webhooks(plan, node, shops[3], int(total * rate), every=1 / rate)
+        job = webhooks(plan, node, shops[3], int((total + 60) * rate * 3), every=1 / rate)
         drains: dict[str, float] = {}
         answers: set[tuple[int, str, str]] = set()
         async with PosterProcess(plan.folder, "poster", job) as poster:
@@ -59,7 +59,8 @@ async def run(plan: Plan) -> Report:
                     await break_it(world, proxy, name, seconds)
                     drains[f"{name} {seconds:g} s"] = round(await drain(world, node, time.monotonic()), 1)
             await world.peer.hush()
-            ledger = world.ledger(poster.ledger)
+            poster.hush()
+            await poster.finished(120)
         await world.taken_in(120)
         await drain(world, node, time.monotonic())
         await world.settled(120)

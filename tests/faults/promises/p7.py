@@ -33,13 +33,14 @@ async def run(plan: Plan) -> Report:
         await world.open_for_business(shops[:2])
         live = [shop.session for shop in shops[:2]]
         await world.peer.traffic(live, rate=20, senders=SENDERS, seed=f"{plan.seed}/p7")
-        job = webhooks(plan, node, shops[2], 400 if plan.short else 400 * rounds, every=0.05)
+        job = webhooks(plan, node, shops[2], 5000 * rounds, every=0.05)
         async with PosterProcess(plan.folder, "poster", job) as poster:
             await poster.has_received(1)
             for _ in range(rounds):
                 await full_journal(report, world, node, disk, shops[0].session)
                 await full_spool(report, world, node, disk, poster)
             await world.peer.hush()
+            poster.hush()
             await world.taken_in(120)
             await poster.finished(240)
         await all_stored(world, node)
