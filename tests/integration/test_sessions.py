@@ -78,6 +78,8 @@ async def test_a_wanted_session_is_started_and_says_so(
         await want(database, row, "disconnected")
         await becomes(database, row, DISCONNECTED)
         await eventually(_true(lambda: not sessions.owned()))
+        # Not 0: nobody wants it connected, so nobody is to be woken.
+        assert not [sample for metric in metrics.session_up.collect() for sample in metric.samples]
         assert platform.connected["+60111"] == 0
         assert sessions.sendable() == {}
         with pytest.raises(NotReady):

@@ -23,7 +23,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-PATIENCE = 20_000.0
+PATIENCE = 30_000.0
 """Milliseconds that anything on a page may take."""
 DESKTOP = {"width": 1280, "height": 820}
 PHONE = {"width": 360, "height": 740}

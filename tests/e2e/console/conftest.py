@@ -66,14 +66,14 @@ class Shop:
 
     async def until(self, query: str, *args: Any) -> Any:
         """The value, once there is one."""
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             while not (found := await self.sql(query, *args)):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         return found
 
     async def unlinked(self, phone: Phone) -> None:
         """Until the phone has no linked device left."""
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             while phone.devices:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 

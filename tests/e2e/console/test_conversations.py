@@ -34,7 +34,7 @@ async def test_a_message_arrives_live_and_a_person_answers_until_the_agent_is_gi
     await desk.sees("The agent answers", "#thread-state")
     await desk.page.fill("#text", "Hi Mei, shall I keep one?\n<script>alert(1)</script>")
     await desk.page.press("#text", "Enter")
-    got = await shop.mei.wait_for_text("shall I keep one", timeout=15)
+    got = await shop.mei.wait_for_text("shall I keep one", timeout=30)
     assert got.text == "Hi Mei, shall I keep one?\n<script>alert(1)</script>"
     # By its words: until it is there, the last bubble is the agent's, with blue ticks of its own.
     mine = desk.page.locator(".bubble", has_text="shall I keep one").last
@@ -49,9 +49,9 @@ async def test_a_message_arrives_live_and_a_person_answers_until_the_agent_is_gi
     await desk.press("Give back to the agent")
     await desk.sees("The agent answers again")
     await shop.mei.send_text(shop.phone, "how much for two?")
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(30):
         while sum("RM 18" in received.text for received in shop.mei.received) < 2:
-            await shop.mei.received.next(15)
+            await shop.mei.received.next(30)
     assert await shop.sql(
         "SELECT array_agg(event ORDER BY id) FROM et_audit_log WHERE tenant_id = $1 AND subject_type = 'thread'",
         shop.tenant,
@@ -162,7 +162,7 @@ async def test_the_basic_forms_work_without_script(
     await desk.page.click("#threads a")
     await desk.page.fill("#text", "Nor here")
     await desk.press("Send")
-    await shop.mei.wait_for_text("Nor here", timeout=15)
+    await shop.mei.wait_for_text("Nor here", timeout=30)
     await desk.sees("A person answers", "#thread-state")
 
 
