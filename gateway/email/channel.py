@@ -6,19 +6,15 @@ Heals by itself. Everything that must survive is in the database or the mailbox:
 from __future__ import annotations
 
 import asyncio
-import secrets
-import ssl
-from collections.abc import AsyncIterator, Coroutine
-from datetime import UTC, datetime, timedelta
+from collections.abc import Coroutine
+from datetime import UTC, datetime
 from typing import Any
 
 from core import log
 from core.channel import (
     Attempt,
     Channel,
-    Cursor,
     History,
-    InboundMessage,
     MediaSource,
     MediaTarget,
     NotSent,
@@ -42,40 +38,24 @@ from core.errors import (
     RefusedError,
     ThrottledError,
 )
-from core.history import Interrupted
 from core.metrics import Metrics
 from core.sinks import ConversationSink, HistorySink
 from gateway.email import settings as reading
 from gateway.email.compose import Mail, compose
-from gateway.email.ids import MessageIds
-from gateway.email.imap import Imap, ImapLost, ImapRefused
-from gateway.email.intake import Intake
-from gateway.email.oauth import Tokens
+from gateway.email.imap import ImapLost, ImapRefused
+from gateway.email.live import Live
 from gateway.email.parser import MailParser, Unreadable
 from gateway.email.problems import Problem
 from gateway.email.raws import Raws
-from gateway.email.reader import Reader, pause
-from gateway.email.sent import Sent
-from gateway.email.settings import Credentials
-from gateway.email.smtp import Smtp
+from gateway.email.reader import pause
 from gateway.email.standing import SMTP, Standing
 from gateway.email.timings import Timings
 
 logger = log.get(part="email")
 
-KEY_CURSOR = "email:ids"
-HISTORY_CURSOR = "email:history"
 DEFAULT_HISTORY_DAYS = 30
 SWEEP_SECONDS = 3600.0
 CHUNK = 1 << 18
-_SAVES_ITSELF = ("gmail.com", "googlemail.com", "google.com", "outlook.com", "office365.com", "hotmail.com")
-
-
-def tls_context(ca: str | None) -> ssl.SSLContext:
-    """Verified, always; against `ca` alone when that is given."""
-    context = ssl.create_default_context(cadata=ca)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
 
 
 class EmailChannel:
@@ -103,7 +83,7 @@ class EmailChannel:
         self._smtp_failed = asyncio.Event()
         self._sending: dict[tuple[int, int], asyncio.Task[SentAs]] = {}
         self._history: asyncio.Task[bool] | None = None
-        self._live: _Live | None = None
+        self._live: Live | None = None
 
     # ---- life
 
@@ -123,7 +103,16 @@ class EmailChannel:
             self._parser.hold()
             try:
                 credentials = reading.read_credentials(self._context.credentials)
-                self._live = _Live(self, credentials)
+                self._live = Live(
+                    self._context,
+                    self._sink,
+                    credentials,
+                    self._settings,
+                    parser=self._parser,
+                    raws=self._raws,
+                    timings=self._timings,
+                    tell=self.tell,
+                )
             except GatewayError as error:
                 self._parser.let_go()
                 self._standing.tell(SMTP, _bad_credentials(error))
@@ -192,7 +181,7 @@ class EmailChannel:
             self._metrics.reconnects.labels("email").inc()
         self._standing.tell(part, problem)
 
-    async def _watch_smtp(self, live: _Live) -> None:
+    async def _watch_smtp(self, live: Live) -> None:
         """Finds out whether mail can go out: at the start, and after each failure until it can."""
         delay = self._timings.backoff_first
         while True:
@@ -228,7 +217,7 @@ class EmailChannel:
         task.add_done_callback(lambda done: self._send_ended(key, done))
         return await asyncio.shield(task)
 
-    async def _compose(self, live: _Live, message: OutboundMessage) -> Mail:
+    async def _compose(self, live: Live, message: OutboundMessage) -> Mail:
         """Nothing has been sent while this fails."""
         ids = await live.message_ids()
         file = None
@@ -262,7 +251,7 @@ class EmailChannel:
                 "the database is away: what this mail answers is not known", code="database_unavailable"
             ) from error
 
-    async def _hand_over(self, live: _Live, mail: Mail) -> SentAs:
+    async def _hand_over(self, live: Live, mail: Mail) -> SentAs:
         try:
             await live.smtp.send(live.own, mail.recipients, mail.raw, mail.message_id)
         except Problem as problem:
@@ -340,195 +329,6 @@ class EmailChannel:
         return len(live.readers)
 
 
-class _Live:
-    """What exists while a session is connected: its parts, made from credentials that were read."""
-
-    def __init__(self, channel: EmailChannel, credentials: Credentials) -> None:
-        self._channel = channel
-        self._context, self._sink = channel._context, channel._sink
-        self._timings, self._settings = channel._timings, channel._settings
-        self._credentials = credentials
-        self.own = credentials.own
-        self._tls = tls_context(credentials.ca)
-        self._tokens = Tokens(credentials.oauth, self._tls) if credentials.oauth else None
-        self.smtp = Smtp(credentials, self._tls, self._timings, self._tokens)
-        settings = self._settings
-        self.sent = Sent(
-            self.open,
-            self._timings,
-            folder=settings.sent_folder,
-            folders=settings.folders,
-            session_id=int(self._context.session_id),
-        )
-        itself = credentials.smtp.host.endswith(_SAVES_ITSELF)
-        self.saves_copies = settings.save_sent if settings.save_sent is not None else not itself
-        self.readers: list[Reader] = []
-        self._ids: MessageIds | None = None
-        self._known = asyncio.Lock()
-        self._intake: Intake | None = None
-
-    async def open(self) -> Imap:
-        return await Imap.open(self._credentials, self._tls, self._timings, self._tokens)
-
-    async def run(self) -> None:
-        intake = await self._made_intake()
-        self.readers = [self._reader(name, intake, sent=False) for name in self._settings.folders]
-        async with asyncio.TaskGroup() as group:
-            for reader in self.readers:
-                group.create_task(reader.run())
-            if self._settings.watch_sent:
-                group.create_task(self._watch_sent(intake))
-            group.create_task(self._first_history(intake))
-
-    def _reader(self, name: str, intake: Intake, *, sent: bool) -> Reader:
-        def tell(problem: Problem | None) -> None:
-            self._channel.tell(name, problem)
-
-        return Reader(
-            name,
-            open_=self.open,
-            intake=intake,
-            tell=tell if not sent else lambda _: None,
-            timings=self._timings,
-            most_bytes=self._settings.max_mail_bytes,
-            sent=sent,
-        )
-
-    async def _watch_sent(self, intake: Intake) -> None:
-        """The folder's name is only known once somebody has asked the server."""
-        while True:
-            name = None
-            try:
-                connection = await self.open()
-                try:
-                    name = await self.sent.name(connection)
-                finally:
-                    await connection.close()
-            except (Problem, ImapLost, ImapRefused):
-                pass
-            if name is not None and name not in self._settings.folders:
-                reader = self._reader(name, intake, sent=True)
-                self.readers.append(reader)
-                await reader.run()
-            await asyncio.sleep(self._timings.probe)
-
-    async def _made_intake(self) -> Intake:
-        if self._intake is None:
-            self._intake = Intake(
-                self._context,
-                self._sink,
-                self._channel._parser,
-                self._channel._raws,
-                self._timings,
-                own=self.own,
-                ids=await self.message_ids(),
-            )
-        return self._intake
-
-    async def message_ids(self) -> MessageIds:
-        """Made with the session's key, which is made at its first start and kept beside the cursors."""
-        async with self._known:
-            if self._ids is None:
-                self._ids = MessageIds(await self._key(), self.own)
-            return self._ids
-
-    async def _key(self) -> bytes:
-        blank = MessageIds(b"", self.own)
-        intake = Intake(
-            self._context,
-            self._sink,
-            self._channel._parser,
-            self._channel._raws,
-            self._timings,
-            own=self.own,
-            ids=blank,
-        )
-        cursor = (await intake.cursors()).get(KEY_CURSOR)
-        stored = cursor.value.get("key") if cursor is not None else None
-        if isinstance(stored, str) and len(stored) == 64:
-            return bytes.fromhex(stored)
-        key = secrets.token_bytes(32)
-        await intake.advance(Cursor(KEY_CURSOR, {"key": key.hex()}))
-        return key
-
-    # ---- history
-
-    async def _first_history(self, intake: Intake) -> None:
-        """The span that was asked for, once; a start that broke off in the middle begins it again."""
-        days, sink = self._settings.history_days, self._sink
-        cursor = (await intake.cursors()).get(HISTORY_CURSOR)
-        if not days or not isinstance(sink, HistorySink) or (cursor is not None and cursor.value.get("done")):
-            return
-        if await self.bring_history(sink, days):
-            await intake.advance(Cursor(HISTORY_CURSOR, {"done": True, "days": days}))
-
-    async def bring_history(self, sink: HistorySink, days: int) -> bool:
-        end = datetime.now(UTC)
-        start = end - timedelta(days=days)
-        delay = self._timings.backoff_first
-        for _ in range(5):
-            try:
-                counts = await sink.history(self._past(start, end), lambda _: None, kind="span")
-            except (Interrupted, DatabaseUnavailable) as error:
-                logger.warning(
-                    "mail.history_broke_off", session_id=self._context.session_id, error=error.detail
-                )
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, self._timings.backoff_most)
-                continue
-            logger.info(
-                "mail.history", session_id=self._context.session_id, count=counts.stored,
-                duplicates=counts.duplicates,
-            )  # fmt: skip
-            return True
-        return False
-
-    async def _past(self, start: datetime, end: datetime) -> AsyncIterator[InboundMessage]:
-        readers = self.readers or [
-            self._reader(name, await self._made_intake(), sent=False) for name in self._settings.folders
-        ]
-        for reader in list(readers):
-            try:
-                async for message in reader.past(start, end):
-                    yield message
-            except (Problem, ImapLost) as error:
-                raise Interrupted(f"the mail server broke off ({error})") from error
-            except ImapRefused as error:
-                logger.warning("mail.history_refused", folder=reader.folder, error=str(error))
-
-    # ---- files
-
-    async def original(self, message: StoredMedia) -> bytes:
-        """The mail a file belongs to, from the mailbox: by its place, else by its Message-ID."""
-        place = message.raw_payload.get("imap")
-        if not isinstance(place, dict):
-            raise RefusedError("nothing says where this mail lies", code="media_gone")
-        try:
-            connection = await self.open()
-            try:
-                return await self._fetched(connection, place, message.raw_payload.get("message_id"))
-            finally:
-                await connection.close()
-        except (Problem, ImapLost, ImapRefused) as error:
-            raise NotSentError(f"the mailbox cannot be asked now ({error})", code="mailbox_away") from None
-
-    async def _fetched(self, connection: Imap, place: dict[str, Any], message_id: object) -> bytes:
-        folder = await connection.select(str(place.get("folder") or "INBOX"))
-        uid = place.get("uid")
-        uids = [uid] if isinstance(uid, int) and place.get("uidvalidity") == folder.uidvalidity else []
-        for wanted in (uids, await connection.find(message_id) if isinstance(message_id, str) else []):
-            for item in await connection.items(wanted[:1], bodies=True) if wanted else []:
-                if item.body is not None:
-                    return item.body
-        raise RefusedError(
-            "the mail was deleted in the mailbox before its file was fetched", code="media_gone"
-        )
-
-    async def close(self) -> None:
-        await self.sent.close()
-        await self.smtp.close()
-
-
 def _bad_credentials(error: GatewayError) -> Problem:
     return Problem(
         "credentials_invalid",
@@ -544,6 +344,3 @@ def _check_types(context: SessionContext, sink: Sink, parser: MailParser, metric
     _: Channel = channel
     _source: MediaSource = channel
     _history: History = channel
-
-
-__all__ = ["EmailChannel", "tls_context"]

@@ -108,7 +108,7 @@ class Intake:
                 session_id=self._context.session_id,
                 tenant_id=self._context.tenant_id,
                 bytes=len(mail.raw),
-                error=str(error),
+                error=str(error).partition(":")[0],  # what follows may hold words of the mail
                 action="stored as unsupported, with its original",
             )
             return _Read(mail, digest, None, str(error))

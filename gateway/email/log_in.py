@@ -8,8 +8,8 @@ from typing import Any
 
 from core.channel import CredentialField, Json, LogIn
 from core.errors import Invalid, InvalidField
-from gateway.email.channel import tls_context
 from gateway.email.imap import Imap, ImapLost, ImapRefused
+from gateway.email.live import tls_context
 from gateway.email.oauth import Tokens
 from gateway.email.problems import Problem
 from gateway.email.settings import Credentials, read_credentials

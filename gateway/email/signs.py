@@ -22,6 +22,13 @@ _SUBJECTS = re.compile(
     r"r[ée]ponse automatique|respuesta autom[áa]tica|risposta automatica|automatisch antwoord)\b",
     re.I,
 )
+_UNDELIVERED = re.compile(
+    r"undeliver|deliver(y|ed)?\b.*(fail|error|problem|status|notif|unsuccess|report)|"
+    r"(fail|error|could not|not).{0,30}deliver|"
+    r"return(ed|ing) (mail|to sender|message)|mail (system )?(error|failure)|unzustellbar|nicht zugestellt|non recapitabile|"
+    r"message status|non remis",
+    re.I,
+)
 _RETURNED_ID = re.compile(r"^\s*>?\s*Message-ID:\s*(<[^<>\s]{1,900}>)", re.I | re.M)
 _WORDS = 400
 _LOOKED = 200_000
@@ -68,7 +75,8 @@ def bounce(message: Message, sender: str) -> dict[str, Any] | None:
     delayed = [r["recipient"] for r in reports if r["action"] == "delayed"]
     delivered = [r["recipient"] for r in reports if r["action"] in ("delivered", "relayed", "expanded")]
     local = sender.partition("@")[0].lower()
-    if not reports and (returned(message) or local in ("mailer-daemon", "postmaster")):
+    likely = returned(message) or local in ("mailer-daemon", "postmaster", "mailadmin", "mdaemon")
+    if not reports and (likely or _UNDELIVERED.search(headers.decoded(headers.raw(message, "Subject")))):
         temporary, permanent = _recognised(message)
         failed, delayed = sorted(permanent), sorted(temporary - permanent)
         header = headers.addresses([headers.raw(message, "X-Failed-Recipients")])

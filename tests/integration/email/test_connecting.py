@@ -14,8 +14,8 @@ import pytest
 from aiohttp import web
 
 from core.errors import InvalidField, NotSentError, RefusedError, ThrottledError, UnknownOutcomeError
-from gateway.email.channel import tls_context
 from gateway.email.imap import Imap, ImapLost, decode_folder, encode_folder
+from gateway.email.live import tls_context
 from gateway.email.log_in import check_credentials
 from gateway.email.oauth import Tokens
 from gateway.email.problems import Problem
