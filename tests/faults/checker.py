@@ -5,6 +5,7 @@ Pure: ledgers and rows in, figures out. Knows neither a channel nor a database.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right, insort
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
@@ -253,7 +254,7 @@ def percentiles(values: Iterable[float]) -> dict[str, float]:
     found = sorted(values)
     if not found:
         return {}
-    at = {name: found[min(len(found) - 1, int(len(found) * share))] for name, share in _SHARES.items()}
+    at = {name: found[max(0, math.ceil(len(found) * share) - 1)] for name, share in _SHARES.items()}
     return {name: round(value, 3) for name, value in at.items()} | {"max": round(found[-1], 3)}
 
 

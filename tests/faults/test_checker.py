@@ -154,3 +154,9 @@ def test_a_ledger_survives_its_torn_last_line(tmp_path: Path) -> None:
         (CALLED, "5"),
     ]
     assert found[0].fields == {"thread": "t"}
+
+
+def test_percentiles_are_of_the_values_there_are() -> None:
+    assert checker.percentiles([]) == {}
+    assert checker.percentiles([2, 1]) == {"p50": 1, "p95": 2, "p99": 2, "max": 2}
+    assert checker.percentiles(range(1, 101)) == {"p50": 50, "p95": 95, "p99": 99, "max": 100}
