@@ -1,4 +1,4 @@
-"""`python -m sandbox`: WhatsApp on loopback with an admin API, until Ctrl-C. Never talks to another machine."""
+"""`python -m sandbox`: WhatsApp and Telegram on loopback, with people to be, until Ctrl-C. Talks to no other machine."""
 
 from __future__ import annotations
 
@@ -13,10 +13,24 @@ from pathlib import Path
 
 import click
 
+from sandbox.telegram import TelegramSandbox
+from sandbox.telegram.people import Person
+from sandbox.telegram.world import Bot
 from sandbox.whatsapp.admin import AdminServer
 from sandbox.whatsapp.sandbox import WhatsAppSandbox
 
 _SHOP, _CUSTOMER = "+60123456789", "+60111222333"
+
+
+def _welcome_telegram(tg: TelegramSandbox, bot: Bot, person: Person) -> str:
+    hello = json.dumps({"text": "Hi, how much is it?"})
+    return f"""
+Telegram: start the gateway with TELEGRAM_BASE_URL={tg.url} as well, and add the bot {bot.address}
+  echo '{{"token": "{bot.token}"}}' | python -m gateway session add 1 telegram --connect --credentials -
+Be the customer {person.name}
+  curl -d '{hello}' {tg.url}/people/{person.id}/say
+  curl '{tg.url}/people/{person.id}/messages?after=0&wait=20'
+"""
 
 
 def _welcome(wa: WhatsAppSandbox, url: str) -> str:
@@ -43,7 +57,7 @@ Everything else: curl {url}/
 """
 
 
-async def _serve(folder: Path | None, port: int) -> None:
+async def _serve(folder: Path | None, port: int, telegram_port: int) -> None:
     try:
         wa = WhatsAppSandbox(folder, autosave=folder is not None)
     except ValueError as error:
@@ -54,12 +68,15 @@ async def _serve(folder: Path | None, port: int) -> None:
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, stopped.set)
     admin = AdminServer(wa)
+    tg = TelegramSandbox()
     try:
+        await tg.start(telegram_port)
         async with wa:
             wa.phone(_SHOP, "Shop")
             wa.person(_CUSTOMER, "Mei", auto_receipts="read")
             url = await admin.start(port)
             click.echo(_welcome(wa, url))
+            click.echo(_welcome_telegram(tg, tg.bot(), tg.person("Mei Lim")))
             sys.stdout.flush()
             await stopped.wait()
             await admin.stop()
@@ -69,19 +86,23 @@ async def _serve(folder: Path | None, port: int) -> None:
         ) from None
     finally:
         await admin.stop()
+        await tg.stop()
 
 
-@click.command(help="WhatsApp on loopback, with phones and people to talk to.")
+@click.command(help="WhatsApp and Telegram on loopback, with phones and people to talk to.")
 @click.option(
     "--state", type=click.Path(path_type=Path, file_okay=False), help="Keep everything in this folder."
 )
 @click.option("--port", default=3900, show_default=True, help="Port of the admin API; 0 takes a free one.")
+@click.option("--telegram-port", type=int, help="Port of the Bot API; unset: the one after --port.")
 @click.option("--debug", is_flag=True, help="Log every stanza.")
-def main(state: Path | None, port: int, debug: bool) -> None:
+def main(state: Path | None, port: int, telegram_port: int | None, debug: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
     if debug:
         logging.getLogger("sandbox.whatsapp").setLevel(logging.DEBUG)
-    asyncio.run(_serve(state, port))
+    if telegram_port is None:
+        telegram_port = port + 1 if port else 0
+    asyncio.run(_serve(state, port, telegram_port))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import time
 from types import TracebackType
 from typing import Self
 
+from sandbox.telegram.admin import Admin
 from sandbox.telegram.faults import Action, Fault, Faults
 from sandbox.telegram.people import Person, membership
 from sandbox.telegram.server import Server
@@ -26,6 +27,7 @@ class TelegramSandbox:
         self.world = World()
         self._faults = Faults()
         self._server = Server(self.world, self._faults)
+        Admin(self).install(self._server.app)
 
     async def start(self, port: int = 0) -> None:
         await self._server.start(port)

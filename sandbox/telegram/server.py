@@ -32,9 +32,9 @@ class Server:
     def __init__(self, world: World, faults: Faults) -> None:
         self._world, self._faults = world, faults
         self._methods = Methods(world)
-        self._app = web.Application(client_max_size=MAX_BODY)
-        self._app.router.add_route("*", "/bot{token}/{method}", self._handle)
-        self._app.router.add_get("/file/bot{token}/{path:.+}", self._download)
+        self.app = web.Application(client_max_size=MAX_BODY)
+        self.app.router.add_route("*", "/bot{token}/{method}", self._handle)
+        self.app.router.add_get("/file/bot{token}/{path:.+}", self._download)
         self._runner: web.AppRunner | None = None
         self._site: web.TCPSite | None = None
         self._hooks: asyncio.Task[None] | None = None
@@ -45,7 +45,7 @@ class Server:
 
     async def start(self, port: int = 0) -> None:
         self._runner = web.AppRunner(
-            self._app, access_log=None, shutdown_timeout=0.5, handler_cancellation=True
+            self.app, access_log=None, shutdown_timeout=0.5, handler_cancellation=True
         )
         await self._runner.setup()
         self.port = port

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import structlog
 
@@ -371,3 +372,29 @@ async def test_the_token_is_in_no_log_line_and_no_state(session: Session, mei: P
     seen = lines.getvalue() + repr(session.sink.states)
     assert session.context.credentials["token"].partition(":")[2] not in seen
     assert "link.failed" in seen
+
+
+# --- by hand
+
+
+async def test_a_customer_can_be_played_over_http(session: Session, mei: Person) -> None:
+    """What `python -m sandbox` offers: write, block, read what the bot answered, as it comes."""
+    async with aiohttp.ClientSession(f"{session.tg.url}/people/{mei.id}/") as http:
+
+        async def say(**body: str) -> tuple[int, dict[str, Any]]:
+            async with http.post("say", json=body) as response:
+                return response.status, await response.json()
+
+        status, said = await say(text="by hand", to=session.bot.address)
+        assert (await session.sink.message(said["id"])).content == "by hand"
+        assert status == 200
+        await session.send(mei, "an answer")
+        async with http.get("messages", params={"after": 0, "wait": 5}) as response:
+            shown = await response.json()
+        assert ([seen["text"] for seen in shown["messages"]], shown["next"]) == (["an answer"], 1)
+        assert (await say(react="👍", about=said["id"]))[0] == (await say(do="block"))[0] == 200
+        await session.sink.wait(lambda: "Blocked the bot" in session.sink.contents)
+        assert [(await say(**body))[0] for body in ({"text": " "}, {"text": "x", "to": "@nobody"})] == [
+            400,
+            404,
+        ]
