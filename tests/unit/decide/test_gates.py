@@ -295,6 +295,11 @@ def test_a_tenant_may_add_opt_out_words_and_its_own_confirmation(context: MakeCo
         (incoming("hi"), {"kind": "group"}, ("ignore", "group")),
         (incoming("STOP"), {"kind": "group"}, ("ignore", "group")),
         (incoming("👍", message_type=MessageType.REACTION), {}, ("ignore", "reaction")),
+        (
+            incoming("Blocked the bot", message_type=MessageType.UNSUPPORTED, media={"notice": True}),
+            {},
+            ("ignore", "notice"),
+        ),
         (incoming(None, message_type=MessageType.DELETED), {}, ("ignore", "deleted")),
         (incoming("hi there", message_type=MessageType.EDITED), {}, ("ignore", "edited")),
     ],
