@@ -101,7 +101,9 @@ async def test_a_tenants_key_sees_no_other_tenant_and_the_attempt_is_audited(
 async def test_a_platform_key_chooses_a_tenant(visitor: Visitor, shop: Shop) -> None:
     status, text = await visitor.sign_in(ADMIN_KEY)
     assert (status, f'href="/console/{shop.tenant}"' in text) == (200, True)
-    assert re.search(r"Gateways.*?session.*?Alive", text, re.S)  # which gateways there are, for the platform alone
+    assert re.search(
+        r"Gateways.*?session.*?Alive", text, re.S
+    )  # which gateways there are, for the platform alone
     status, text = await visitor.post("/console/tenants", name="<Fresh & new>")
     assert (status, "&lt;Fresh &amp; new&gt;" in text) == (200, True)
     assert (await visitor.get("/console/999999999"))[0] == 404
