@@ -5,11 +5,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from core import faults
-from core.channel import MessageType, SessionStatus
+from core.channel import (
+    MediaSource,
+    MessageId,
+    MessageType,
+    SessionId,
+    SessionStatus,
+    StoredMedia,
+    TenantId,
+)
+from core.errors import RefusedError
 from gateway.email import parse
 from tests.integration.email.conftest import Shop, letter
 from tests.support.outbound import fetch, value
@@ -171,3 +182,56 @@ async def test_every_file_of_a_mail_is_stored_also_when_the_mail_is_deleted(shop
 
     found = await shop.until(fetched, "both files")
     assert found == [hashlib.sha256(first).hexdigest(), hashlib.sha256(second).hexdigest()]
+
+
+class Target:
+    """Where a download goes, in memory."""
+
+    offset = 0
+    path = Path("unused")
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    async def write(self, chunk: bytes) -> None:
+        self.data += chunk
+
+    async def restart(self) -> None:
+        self.data = b""
+
+
+async def test_a_file_comes_from_the_mailbox_where_the_disk_does_not_have_it(shop: Shop) -> None:
+    data = os.urandom(50_000)
+    raw = letter("one file", files=(("a.bin", "application/zip", data),))
+    shop.dovecot.deliver(raw)
+    await shop.stored(parse.digest(raw))
+    [row] = await fetch(
+        shop.db, "SELECT * FROM et_messages WHERE channel_message_id LIKE $1 || '/%'", parse.digest(raw)
+    )
+    media = StoredMedia(
+        TenantId(row["tenant_id"]),
+        SessionId(row["channel_session_id"]),
+        MessageId(row["id"]),
+        "email",
+        row["channel_message_id"],
+        MessageType(row["message_type"]),
+        "inbound",
+        None,
+        row["sender_identifier"],
+        row["media_metadata"],
+        row["raw_payload"],
+    )
+    source = shop.sessions.capability(shop.session.id, MediaSource)
+    assert source is not None
+    elsewhere = replace(media, raw_payload={**media.raw_payload, "part_of": "not on this disk"})
+    target = Target()
+    await source.download(elsewhere, target)
+    assert target.data == data
+    # Its place has changed since: then its Message-ID finds it.
+    moved = {**elsewhere.raw_payload, "imap": {"folder": "INBOX", "uidvalidity": 1, "uid": 1}}
+    target = Target()
+    await source.download(replace(elsewhere, raw_payload=moved), target)
+    assert target.data == data
+    gone = {**moved, "message_id": "<nobody-has@this>"}
+    with pytest.raises(RefusedError, match="deleted"):
+        await source.download(replace(elsewhere, raw_payload=gone), Target())
