@@ -76,7 +76,9 @@ class Timings:
     poll: float = 1.0
     """Finds what a lost notification hid, and rows that have come due."""
     watchdog: float = 120.0
-    """After this a call counts as cut off, whether or not it ever returns."""
+    """After this a call counts as cut off, whether or not it ever returns: time for a large file to go up."""
+    watchdog_text: float = 55.0
+    """The same for a message without a file. Nothing hangs for longer than two leases live."""
     backoff: tuple[float, ...] = (5.0, 30.0, 120.0)
     """Wait before the second, third, … attempt."""
     tend: float = 1.0

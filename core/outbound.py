@@ -67,6 +67,8 @@ class Flight:
     recipient: str
     began: float
     proven_until: float
+    patience: float
+    """Seconds until the watchdog gives it up."""
     task: asyncio.Task[None] | None = field(default=None, compare=False)
     given_up: bool = False
 
@@ -307,7 +309,10 @@ class OutboundWorker:
         if self._stopping:
             self._marker.put(Ended(claimed, dispatch.not_called(claimed), recipient))
             return
-        flight = Flight(claimed, recipient, self._clock(), proven_until)
+        patience = self._timings.watchdog
+        if message.media_url is None:
+            patience = min(patience, self._timings.watchdog_text)
+        flight = Flight(claimed, recipient, self._clock(), proven_until, patience)
         self._flights[claimed.key] = flight
         self._windows.began(claimed.session_id)
         flight.task = asyncio.create_task(self._call(flight, message))
@@ -395,7 +400,7 @@ class OutboundWorker:
         """Calls that never return, rows that waited too long, receipts that came early."""
         now = self._clock()
         for key, flight in list(self._flights.items()):
-            if now - flight.began > self._timings.watchdog:
+            if now - flight.began > flight.patience:
                 del self._flights[key]
                 self._give_up(flight)
         for row in await self._recovery.sweep():
@@ -407,9 +412,9 @@ class OutboundWorker:
     def _give_up(self, flight: Flight) -> None:
         claimed = flight.claimed
         flight.given_up = True
-        self._windows.ended(claimed.session_id, self._timings.watchdog)
+        self._windows.ended(claimed.session_id, flight.patience)
         words = (
-            f"the channel did not answer within {self._timings.watchdog:g} s; the message may have gone out: "
+            f"the channel did not answer within {flight.patience:g} s; the message may have gone out: "
             "look before retrying"
         )
         self._marker.put(Ended(claimed, dispatch.cut_off(claimed, "no_answer", words), flight.recipient))

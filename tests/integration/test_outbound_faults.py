@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 from asyncpg.transaction import Transaction
 
-from core import faults
+from core import faults, ownership
 from core.database import Database
+from core.dispatch import Timings
 from tests.conftest import migrate_blocking
 from tests.support.fake_channel import FakeDispatcher, FakePlatform
 from tests.support.outbound import (
@@ -134,6 +135,20 @@ async def test_a_call_that_never_returns_is_given_up_and_its_thread_goes_on(
         assert row["error_code"] == "no_answer"
         await reached(database, second, "sent")
     assert platform.texts == ["a", "b"]
+
+
+async def test_a_file_is_given_the_time_to_go_up(database: Database, platform: FakePlatform) -> None:
+    assert Timings().watchdog_text + Timings().tend < 2 * ownership.TTL, "nothing hangs for two leases' time"
+    place = await make_place(database)
+    platform.script("hang", "hang")
+    picture = await enqueue(database, place, "a", message_type="image", media_url="https://example.com/a.jpg")
+    text = await enqueue(database, place, "b", to="bob")
+    timings = replace(QUICK, watchdog=60, watchdog_text=0.2)
+    async with running(database, FakeDispatcher(platform, [place.session_id]), timings=timings) as worker:
+        row = await reached(database, text, "unknown")
+        assert row["error_code"] == "no_answer"
+        assert worker.in_flight == 1
+        assert (await item(database, picture))["status"] == "dispatching"
 
 
 async def test_an_answer_after_the_watchdog_still_counts(database: Database, platform: FakePlatform) -> None:
@@ -278,7 +293,7 @@ PROGRAM = """
 import asyncio, os, sys
 from datetime import UTC, datetime
 sys.path.insert(0, {root!r})
-from core import faults
+from core import faults, ownership
 from core.channel import NotSent, Sent, SessionId
 from core.database import Database
 from core.dispatch import Timings
