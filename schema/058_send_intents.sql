@@ -2,7 +2,7 @@
 -- has the say: 'called' just before the call; 'withdrawn' by whoever settles what a dead gateway left, and then the call
 -- can never be made. One row an attempt, kept a week; an attempt is settled within minutes.
 CREATE TABLE IF NOT EXISTS et_send_intents (
-    tenant_id          BIGINT NOT NULL,
+    tenant_id          BIGINT NOT NULL REFERENCES et_tenants (id) ON DELETE CASCADE,
     channel_session_id BIGINT NOT NULL,
     queue_id           BIGINT NOT NULL,
     claim_epoch        BIGINT NOT NULL,
