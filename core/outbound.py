@@ -108,6 +108,7 @@ class OutboundWorker:
         """Claims whose commit was not answered: if they are in force they were never called."""
         self._claiming = asyncio.Lock()
         self._kick = asyncio.Event()
+        self._soon = False
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
         self._marker = Marker(db, actor=f"worker:{owner}", on_done=self._committed)
@@ -386,6 +387,15 @@ class OutboundWorker:
         moved = {row["id"] for row in rows}
         self._report.ended([ended for ended in batch if ended.claimed.queue_id in moved])
         self._waiter.nudge(moved)
+        if not self._flights:
+            self._kick.set()
+        elif not self._soon:
+            # Calls are open, so nobody stands idle: rows that these held back make one claim with what ends meanwhile.
+            self._soon = True
+            asyncio.get_running_loop().call_later(MOST_PAUSE, self._look_again)
+
+    def _look_again(self) -> None:
+        self._soon = False
         self._kick.set()
 
     # --- keeping order

@@ -6,6 +6,7 @@ What a channel has accepted is remembered here until the database knows it. Neve
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ log = logs.get(part="outbound")
 BATCH = 250
 RETRY_FIRST, RETRY_MOST = 0.05, 2.0
 STUCK_SECONDS = 15.0
+MOST_PAUSE = 0.02
 RACES = 5
 """An own echo that is stored between our look and our write costs one repeat; more than a few are something else."""
 
@@ -84,7 +86,11 @@ class Marker:
             if not self._waiting:
                 self._work.clear()
             if batch:
+                began = time.monotonic()
                 await self._write(batch)
+                if not self._waiting:
+                    # Half of the time at most goes into marking single ones: what ends meanwhile makes a larger batch.
+                    await asyncio.sleep(min(MOST_PAUSE, time.monotonic() - began))
 
     def close(self) -> None:
         for timer in self._timers:

@@ -128,6 +128,7 @@ class WhatsAppChannel:
         self._calls: set[tuple[int, int]] = set()
         """Sends that somebody waits for: they may still be at their file."""
         self._inflight: dict[tuple[int, int], ChildProcess] = {}
+        self._known_device: tuple[ChildProcess, store.Device] | None = None
         self._sends: set[asyncio.Task[Sent]] = set()
         self._gestures: set[asyncio.Task[Any]] = set()
         self._cut_off: Counter[int] = Counter()
@@ -235,7 +236,7 @@ class WhatsAppChannel:
     async def _send(self, message: OutboundMessage) -> Sent:
         attempt = message.attempt
         to = sending.jid_of(attempt.recipient)
-        device = await asyncio.to_thread(self._device)
+        device = await self._own_device()
         draft = outgoing.draft(message, to, device)
         child = await self._connected_child()
         uploaded = await self._uploads.place(child, draft.upload) if draft.upload else None
@@ -595,6 +596,15 @@ class WhatsAppChannel:
 
     def _secret(self, attempt: Attempt) -> bytes:
         return message_secret(self._context.folder, int(attempt.queue_id), attempt.claim_epoch)
+
+    async def _own_device(self) -> store.Device | None:
+        """Read once for a child: whatsmeow writes that file with every message, and a reader and it wait for each other."""
+        child, known = self._supervisor.child, self._known_device
+        if known is not None and child is not None and known[0] is child:
+            return known[1]
+        device = await asyncio.to_thread(self._device)
+        self._known_device = (child, device) if child is not None and device is not None else None
+        return device
 
     def _device(self) -> store.Device | None:
         try:

@@ -430,12 +430,14 @@ async def test_a_big_campaign_does_not_delay_another_tenants_reply(
     database: Database, platform: FakePlatform
 ) -> None:
     big, small = await make_place(database, name="big"), await make_place(database, name="small")
-    await fetch(
-        database,
-        "SELECT et_enqueue_outbound($1, $2, 'c' || n, 'campaign') FROM generate_series(1, 3000) n",
-        big.tenant_id,
-        big.session_id,
-    )
+    for first in range(0, 3000, 300):
+        await fetch(
+            database,
+            "SELECT et_enqueue_outbound($1, $2, 'c' || n, 'campaign') FROM generate_series($3::INT, $3 + 299) n",
+            big.tenant_id,
+            big.session_id,
+            first,
+        )
     platform.delay = 0.02
     async with running(database, FakeDispatcher(platform, [big.session_id, small.session_id])):
         await eventually(_true(lambda: len(platform.calls) > 100))
