@@ -36,6 +36,12 @@ GATEWAY_POINTS = (
 )
 PLACEHOLDER_SECONDS = 3.0
 """Until an unreadable message is given up; ten minutes in earnest."""
+GIVING_UP = {
+    "FAULTS_TIMINGS": orjson.dumps(
+        SHORT_WAITS | {"inbound": {"placeholder_seconds": PLACEHOLDER_SECONDS}}
+    ).decode(),
+    "INBOUND_POLL_SECONDS": "1",
+}
 SLOW = 0.03
 """Seconds that an fsync takes on the slow disk."""
 
@@ -225,8 +231,7 @@ async def judge(rig: Rig, killing: Killing, report: Report) -> None:
 
 async def beyond_recovery(rig: Rig, killing: Killing, report: Report) -> None:
     """Decrypted, never stored, and the sender's phone is off for good: that must be said, in a row and in a metric."""
-    waits = SHORT_WAITS | {"inbound": {"placeholder_seconds": PLACEHOLDER_SECONDS}}
-    rig.gateway.environ |= {"FAULTS_TIMINGS": orjson.dumps(waits).decode(), "INBOUND_POLL_SECONDS": "1"}
+    rig.gateway.environ |= GIVING_UP
     await killing.end_gateway("gateway:random")
     line = rig.lines[0]
     rig.arm_next(line, "whatsapp.callback=kill")
@@ -239,7 +244,7 @@ async def beyond_recovery(rig: Rig, killing: Killing, report: Report) -> None:
         return await rig.metric("gateway_possible_loss_total") >= 1
 
     with contextlib.suppress(AssertionError):
-        await rig.until(reported, "the message is reported as possible loss", 60)
+        await rig.until(reported, "the message is reported as possible loss", 120)
     row = await rig.db.fetchrow(
         """
         SELECT m.placeholder, d.reason, d.action

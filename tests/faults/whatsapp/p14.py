@@ -23,7 +23,7 @@ from tests.faults.whatsapp.rig import Line, Rig
 from tests.faults.whatsapp.verdict import judge_inbound, settle
 from tests.support.postgres import PostgresServer
 
-SHORT, LONG = 12.0, 1800.0
+SHORT, LONG = 9.0, 1800.0
 """Seconds."""
 SAMPLE_EVERY = 5.0
 FEW = 50
@@ -41,7 +41,7 @@ class Soak:
         """Nothing new is broken; what is broken is mended first."""
         self.began = time.monotonic()
         self.seconds = seconds
-        self.gap = 12.0 if seconds > 120 else 2.5
+        self.gap = 12.0 if seconds > 120 else 1.5
         self.gateway, self.child, self.other = Watched(), Watched(), Watched()
 
     @property

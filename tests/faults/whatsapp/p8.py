@@ -83,7 +83,7 @@ class TakeOver:
 
     # ---- taking over ----
 
-    async def round(self, how: str) -> None:
+    async def round(self, how: str, *, last: bool) -> None:
         first = await self.owner()
         old, new = self.gateways[first], self.gateways[1 - first]
         await asyncio.sleep(self.rng.uniform(0.3, 1.0))
@@ -116,14 +116,14 @@ class TakeOver:
         self.seconds[how].append(time.monotonic() - began)
         if how == "stopped":
             await self._go_on(old)
-        else:
+        elif not last:
             await old.start()
 
     async def _kill(self, gateway: GatewayProcess) -> None:
         await gateway.kill()
 
     async def _drain(self, gateway: GatewayProcess) -> None:
-        self.exits.append(await gateway.stop())
+        self.exits.append(await gateway.stop(within=90))
 
     async def _stop(self, gateway: GatewayProcess) -> None:
         """It hangs, its children do not: they stay connected until somebody takes the folder."""
@@ -156,8 +156,8 @@ async def run(plan: Plan, *, url: str | None = None) -> Report:
         try:
             await taking.second()
             tasks = [asyncio.create_task(taking.traffic(line)) for line in rig.lines]
-            for how in rounds:
-                await taking.round(how)
+            for n, how in enumerate(rounds, 1):
+                await taking.round(how, last=n == len(rounds))
             for task in tasks:
                 task.cancel()
             ended, _ = await asyncio.wait(tasks)

@@ -14,18 +14,18 @@ from tests.faults.run import Plan, load
 
 SEED = 11
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(420)
 
 
 async def held(name: str, folder: Path, **server: object) -> None:
     plan = Plan(SEED, folder, short=True)
-    async with asyncio.timeout(280):
+    async with asyncio.timeout(400):
         report = plan.done(await load(name)(plan, **server))
     print(report.text())
     assert report.held, report.text()
 
 
-@pytest.mark.parametrize("name", ["p1", "p4-whatsapp", "p8-whatsapp", "p9"])
+@pytest.mark.parametrize("name", ["p1", "p4-whatsapp", "p8-whatsapp"])
 async def test_a_promise_holds_through_the_real_client(name: str, tmp_path: Path, migrated_url: str) -> None:
     await held(name, tmp_path, url=migrated_url)
 
