@@ -283,6 +283,9 @@ class SessionManager:
                 runner.restart()
             elif not row.pending or runner.row.pending:
                 runner.row = row
+            if row.status_reason == store.ORPHANED and runner.state.status is not SessionStatus.DISCONNECTED:
+                # After an outage longer than a lease we were taken for gone before we could renew it. We are not.
+                self.state_changed(runner, runner.state)
             runner.pair(row)
         elif row.wanted == "deleted":
             self._end(row.id, self._delete(row, runner))

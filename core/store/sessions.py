@@ -21,6 +21,7 @@ from core.store.audit import Conn
 
 Wanted = Literal["connected", "disconnected", "deleted"]
 PENDING = "pending:"
+ORPHANED = "gateway_gone"
 
 ACTIONS = {
     "qr_timeout": "ask for a new QR code and scan it within a minute",
@@ -510,11 +511,12 @@ async def mark_orphans(conn: Conn) -> int:
     status = await conn.execute(
         """
         UPDATE et_channel_sessions s
-        SET status = 'disconnected', status_reason = 'gateway_gone'
+        SET status = 'disconnected', status_reason = $1
         FROM et_session_leases l
         WHERE l.session_id = s.id
           AND l.expires_at < clock_timestamp() - INTERVAL '5 seconds'
           AND s.status IN ('active', 'connecting')
-        """
+        """,
+        ORPHANED,
     )
     return int(status.rpartition(" ")[2])

@@ -528,3 +528,25 @@ async def test_a_journal_that_takes_nothing_is_told_until_it_does_again(
         assert not manager.durable
         await platform.channels[row.id].say(ACTIVE)
         assert manager.durable
+
+
+async def test_a_session_that_outlived_an_outage_is_not_shown_as_gone(
+    database: Database, platform: FakePlatform, tmp_path: Path, tenant: int
+) -> None:
+    """A database that was away for longer than a lease comes back with leases that have run out, and whoever looks
+    first takes their owner for dead."""
+    row = await new_session(database, tenant, identifier="+60123456789")
+    async with managing(database, platform, tmp_path) as manager:
+        await want(database, row, "connected")
+        await becomes(database, row, ACTIVE)
+        async with database.worker() as conn:
+            await conn.execute(
+                "UPDATE et_session_leases SET expires_at = now() - INTERVAL '6 seconds' WHERE session_id = $1",
+                row.id,
+            )
+            await store.mark_orphans(conn)
+        assert (await read(database, row)).status_reason == store.ORPHANED
+        found = await becomes(database, row, ACTIVE)
+        assert found.status_reason is None
+        assert len(platform.made) == 1, "the channel itself went on"
+        assert manager.sendable()
