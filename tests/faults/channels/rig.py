@@ -227,7 +227,12 @@ class Rig:
         try:
             await eventually(look, seconds=within, what=what)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.node.story()[-6000:]}") from None
+            async with self._looking() as db:
+                rows = await db.fetch(
+                    "SELECT channel_type, status, status_reason FROM et_channel_sessions ORDER BY id"
+                )
+            stand = "\n".join(" ".join(map(str, row)) for row in rows)
+            raise AssertionError(f"{error}\n{stand}\n{self.node.story()[-6000:]}") from None
 
     async def quiet(self) -> None:
         """Everything that was said is stored, everything queued has an end."""
