@@ -436,7 +436,7 @@ class LogIn:
     """What a channel said to these credentials: whose they are, and what is kept of them (defaults filled in)."""
 
     identifier: str
-    """The session's own address (`shop@example.com`, `telegram:@shop_bot`)."""
+    """The session's own address (`shop@example.com`, `@shop_bot`)."""
     credentials: Json
     name: str | None = None
 
