@@ -129,7 +129,8 @@ async def test_people_receipts_and_wrong_codes(linked: Linked, browser: Browser,
     person = linked.wa.person("+60111333003", "Chong", auto_receipts=None)
     page, _ = await visit(browser, url, person)
     await page.click("#phone summary")
-    await page.select_option("#receipts", "read")
+    async with page.expect_response(lambda answer: answer.request.method == "PATCH"):
+        await page.select_option("#receipts", "read")
     sent = await linked.client.do("send", to=person.number[1:], text="read by itself")
     await linked.client.wait(
         "ReceiptEv", lambda e: e["data"].get("Type") == "READ" and sent["ID"] in e["data"]["MessageIDs"]
