@@ -78,8 +78,8 @@ class Soak:
         return self.over.is_set()
 
     async def _child(self) -> None:
-        # The last session's child is left alone once gateways are: its memory is followed.
-        lines = self.rig.lines if self.passed < self.seconds / 3 else self.rig.lines[:-1]
+        # The last session's child is left alone once gateways are: its memory is followed. Unless it is the only one.
+        lines = self.rig.lines if self.passed < self.seconds / 3 else self.rig.lines[:-1] or self.rig.lines
         if self.killer.strike(self.rng.choice(lines), "child"):
             self.faults["child killed"] += 1
 
