@@ -112,6 +112,16 @@ class Journal:
                 )
         faults.point("journal.after_release")
 
+    def discard(self, numbers: Iterable[int]) -> None:
+        """What these hold is nobody's business here: it is wiped and comes back from no replay. Their keys stay known."""
+        now = time.time()
+        for batch in _batches(sorted(set(numbers))):
+            with self._lock, self._guarded("release"), _transaction(self._reader) as conn:
+                conn.executemany(
+                    "UPDATE entries SET payload = x'', released_at = coalesce(released_at, ?) WHERE number = ?",
+                    [(now, number) for number in batch],
+                )
+
     def replay(self, since: float) -> int:
         """Make released entries appended at or after `since` (wall clock, seconds) pending again; how many."""
         total = 0
@@ -156,6 +166,22 @@ class Journal:
             (after, limit),
         )
         return [Entry(*row) for row in rows]
+
+    def released(self, since: float, *, after: int, through: int, limit: int = 100) -> list[Entry]:
+        """Released entries appended at or after `since` (wall clock, seconds), numbered above `after` up to `through`, in
+        the order they were appended; without those that were discarded."""
+        rows = self._query(
+            "SELECT number, kind, key, payload, appended_at FROM entries"
+            " WHERE number > ? AND number <= ? AND released_at IS NOT NULL AND appended_at >= ?"
+            " AND length(payload) > 0 ORDER BY number LIMIT ?",
+            (after, through, since, limit),
+        )
+        return [Entry(*row) for row in rows]
+
+    def newest(self) -> int:
+        """The number of the last entry on file, 0 when there is none."""
+        number = self._query("SELECT max(number) FROM entries", ())[0][0]
+        return number if isinstance(number, int) else 0
 
     def keys(self, kind: str) -> set[str]:
         """Every key of this kind still on file, released or not."""

@@ -1,5 +1,5 @@
-"""What a channel's sink may do beyond `core.channel.Sink`: take in history, answer for the channel itself, keep the place
-a pull channel has come to, and look up what was said.
+"""What a channel's sink may do beyond `core.channel.Sink`: take in history and what was stored before, answer for the
+channel itself, keep the place a pull channel has come to, and look up what was said.
 
 A channel asks `isinstance(sink, HistorySink)` and lives without it. Nothing here does IO.
 """
@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol, runtime_checkable
 
-from core.channel import Attempt, Cursor, Json, MessageId, Person, Quoted
+from core.channel import (
+    Attempt,
+    Cursor,
+    InboundMessage,
+    Json,
+    MessageId,
+    Person,
+    Quoted,
+    StatusUpdate,
+)
 from core.history import Counts, Item
 
 
@@ -28,6 +37,16 @@ class HistorySink(Protocol):
 
     async def names(self, names: Mapping[str, str]) -> None:
         """Names for people that are known without one, by external id. Raises DatabaseUnavailable."""
+        ...
+
+
+@runtime_checkable
+class ReplaySink(Protocol):
+    async def again(self, messages: Sequence[InboundMessage], updates: Sequence[StatusUpdate]) -> int:
+        """What was stored in an earlier life, once more: a database that was set back gets what it lost. What is there
+        costs one look and changes nothing. How many messages were missing and are stored now.
+
+        Raises DatabaseUnavailable (bring it again), Invalid."""
         ...
 
 

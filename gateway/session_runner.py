@@ -334,6 +334,16 @@ class Sink:
         self._check()
         return await runner._store.history(runner.row.tenant_id, runner.session_id, source, committed, kind)
 
+    async def again(self, messages: Sequence[InboundMessage], updates: Sequence[StatusUpdate]) -> int:
+        runner = self._runner
+        await runner.known.wait()
+        self._check()
+        missing, behind = await runner._store.lost(runner.row.tenant_id, runner.session_id, messages, updates)
+        stored = await runner._ingest.submit(missing) if missing else []
+        if behind:
+            await runner._ingest.apply_status(behind)
+        return sum(not one.duplicate for one in stored)
+
     async def names(self, names: Mapping[str, str]) -> None:
         await self._runner.known.wait()
         self._check()

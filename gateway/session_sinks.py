@@ -1,25 +1,38 @@
-"""What a session's sink does with the database beyond storing what arrives: history in bulk, names, automatic texts, where
-a pull channel goes on, and what was said before.
+"""What a session's sink does with the database beyond storing what arrives: history in bulk, what an earlier life stored,
+names, automatic texts, where a pull channel goes on, and what was said before.
 
 Knows no channel. Every call may be repeated: nothing is stored or sent twice.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import TypeVar
 
 import asyncpg
 
 from core import log as logs
-from core.channel import Attempt, Cursor, MessageId, Person, Quoted, SessionId, TenantId
+from core.channel import (
+    Attempt,
+    Cursor,
+    InboundMessage,
+    MessageId,
+    Person,
+    Quoted,
+    SessionId,
+    StatusUpdate,
+    TenantId,
+)
 from core.database import Database, is_transient
 from core.errors import DatabaseUnavailable
 from core.history import Counts, HistoryImport, Item
 from core.sinks import Written
-from core.store import conversations, intents, leads, messages, replies
+from core.store import again, conversations, intents, leads, messages, replies
 from core.store.audit import Conn
+from core.store.decisions import REPLY_EXPIRES
 
 log = logs.get(part="sessions")
 T = TypeVar("T")
@@ -51,6 +64,25 @@ class SessionStore:
             progress=lambda counts: committed(counts.lines),
         )
         return await work.run(source)
+
+    async def lost(
+        self,
+        tenant_id: TenantId,
+        session_id: SessionId,
+        messages: Sequence[InboundMessage],
+        updates: Sequence[StatusUpdate],
+    ) -> tuple[list[InboundMessage], list[StatusUpdate]]:
+        """What of these the database does not have (any more), as it is to be stored."""
+
+        async def look(conn: Conn) -> tuple[list[InboundMessage], list[StatusUpdate]]:
+            return (
+                await again.missing(conn, tenant_id, session_id, messages) if messages else [],
+                await again.behind(conn, tenant_id, session_id, updates) if updates else [],
+            )
+
+        missing, behind = await self._with(look)
+        answered = time.time() - REPLY_EXPIRES.total_seconds()
+        return [_past(message) if message.arrived_at < answered else message for message in missing], behind
 
     async def names(self, tenant_id: TenantId, names: Mapping[str, str]) -> None:
         people = sorted(names)
@@ -138,3 +170,9 @@ class SessionStore:
             if is_transient(error):
                 raise DatabaseUnavailable(f"the database cannot be used now ({error})") from error
             raise
+
+
+def _past(message: InboundMessage) -> InboundMessage:
+    """It was answered before the database was set back, or its automatic answer would have expired: it comes back as
+    history, so that nobody gets a second answer. What was typed on the phone still hands its thread to that person."""
+    return replace(message, is_history=True) if message.direction == "inbound" else message

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,14 @@ from core.errors import (
 from core.identity import external_id, phone_e164
 from core.journal import Journal
 from core.metrics import Metrics
-from core.sinks import HistorySink, ReplySink
+from core.sinks import HistorySink, ReplaySink, ReplySink
 from gateway.whatsapp import calls, mediafiles, outgoing, phone_sign, sending, settings, states, store
 from gateway.whatsapp.checks import Checks
 from gateway.whatsapp.folder import FolderLock, FolderTaken, forget_device, message_secret
 from gateway.whatsapp.history import HistorySync
 from gateway.whatsapp.intents import Intent, Intents
 from gateway.whatsapp.listening import Listening
+from gateway.whatsapp.look_back import LookBack
 from gateway.whatsapp.manners import Manners
 from gateway.whatsapp.pairing import Pairing
 from gateway.whatsapp.polls import Polls
@@ -109,6 +111,7 @@ class WhatsAppChannel:
         self._polls = Polls(context.folder, store_path(context.folder))
         self._history = HistorySync(context, sink) if isinstance(sink, HistorySink) else None
         self._replies = sink if isinstance(sink, ReplySink) else None
+        self._replays = sink if isinstance(sink, ReplaySink) else None
         self._reporter = Reporter(self._sink, context.session_id)
         self._supervisor = Supervisor(
             context,
@@ -124,6 +127,7 @@ class WhatsAppChannel:
         self._intents: Intents | None = None
         self._pump: Pump | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._looking_back: asyncio.Task[None] | None = None
         self._run: asyncio.Task[None] | None = None
         self._calls: set[tuple[int, int]] = set()
         """Sends that somebody waits for: they may still be at their file."""
@@ -494,6 +498,12 @@ class WhatsAppChannel:
             self._tasks.append(asyncio.create_task(self._guard("pump", self._pump.run)))
             if self._history is not None:
                 self._tasks.append(asyncio.create_task(self._guard("history", self._history.run)))
+            if self._replays is not None:
+                look = LookBack(
+                    self._context, self._replays, self._journal, self._pump.read_again, self._timings
+                )
+                work = partial(look.run, self._supervisor.link)
+                self._looking_back = asyncio.create_task(self._guard("look back", work))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REPLAY_SECONDS):
                 await self._pump.idle.wait()
@@ -532,10 +542,11 @@ class WhatsAppChannel:
                 async with asyncio.timeout(DRAIN_SECONDS):
                     await self._pump.idle.wait()
         await self._reporter.flush(DRAIN_SECONDS)
-        for task in self._tasks:
+        tasks = [*self._tasks, *([self._looking_back] if self._looking_back else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks, self._looking_back = [], None
         self._pump = None
         if self._journal is not None:
             await asyncio.to_thread(self._journal.close)

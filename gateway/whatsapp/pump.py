@@ -64,6 +64,7 @@ class Pump:
         self._look_back_at = 0.0
         self._kept = False
         self._done: list[int] = []
+        self._strange: list[int] = []
         self._measured_at = 0.0
         self._stranger_since: float | None = None
         self._strangers: list[tuple[float, float]] = []
@@ -131,6 +132,7 @@ class Pump:
         updates: list[tuple[Entry, StatusUpdate]] = []
         for entry in entries:
             if self._is_strangers(entry):
+                self._strange.append(entry.number)
                 continue
             found, receipts = await self._convert(entry)
             messages += [(entry, message) for message in found]
@@ -152,6 +154,9 @@ class Pump:
             faults.point("whatsapp.release.before")
             self._journal.release(self._done)
             self._done = []
+        if self._strange:
+            self._journal.discard(self._strange)
+            self._strange = []
         now = time.monotonic()
         if now >= self._measured_at + MEASURE_SECONDS:
             self._measured_at = now
@@ -159,25 +164,37 @@ class Pump:
             self._metrics.journal_depth.labels(f"session-{self._context.session_id}").set(depth)
         return self._journal.pending(self._after, BATCH)
 
-    async def _convert(self, entry: Entry) -> tuple[Sequence[InboundMessage], Sequence[StatusUpdate]]:
+    async def read_again(self, entries: Sequence[Entry]) -> tuple[list[InboundMessage], list[StatusUpdate]]:
+        """What entries say that were stored before. Nobody is told of them and nothing is counted a second time."""
+        converted = [await self._convert(entry, again=True) for entry in entries]
+        return [m for messages, _ in converted for m in messages], [
+            u for _, updates in converted for u in updates
+        ]
+
+    async def _convert(
+        self, entry: Entry, *, again: bool = False
+    ) -> tuple[Sequence[InboundMessage], Sequence[StatusUpdate]]:
         try:
             body = orjson.loads(entry.payload)
-            self._on_event(body)
+            if not again:
+                self._on_event(body)
             await self._learn_lids(body)
             await self._learn_own_number()
             if entry.kind == protocol.MESSAGE:
                 await self._open_vote(body)
             converted = convert_event(body, self._context, phone_of=self._lids.get)
-            self._count(entry.kind)
+            if not again:
+                self._count(entry.kind)
             return [await self._recognised(m) for m in converted.messages], converted.updates
         except Exception as error:
             # A bug of ours or a form nobody has seen: the message is stored all the same.
-            logger.error(
-                "message.unreadable",
-                session_id=self._context.session_id,
-                action=f"journal entry {entry.number} is stored as unsupported",
-                error=f"{type(error).__name__}: {error}",
-            )
+            if not again:
+                logger.error(
+                    "message.unreadable",
+                    session_id=self._context.session_id,
+                    action=f"journal entry {entry.number} is stored as unsupported",
+                    error=f"{type(error).__name__}: {error}",
+                )
             if entry.kind == protocol.RECEIPT:
                 return (), ()
             return (unreadable(entry.payload, entry.key, entry.appended_at, self._context),), ()

@@ -64,6 +64,10 @@ class Timings:
     look_back: float = 60.0
     """Until an entry that the database refused is tried again."""
     prune: float = 3600.0
+    settled: float = 30.0
+    """The look back at what was stored before begins once the session is connected, or after this long."""
+    breath: float = 0.05
+    """Between two steps of it, at least."""
     gate_alarm: float = 10.0
     gate_orphan: float = 30.0
     gate_quiet: float = 10.0

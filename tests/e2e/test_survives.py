@@ -199,18 +199,39 @@ async def test_the_embedded_database_is_killed(tmp_path: Path) -> None:
         await stack.until(well, "the gateway says that all is well again", within=10)
 
 
-async def test_sigterm_stops_cleanly_and_nothing_waits_for_the_next_start(
+async def test_after_a_clean_stop_a_start_brings_what_came_meanwhile_and_what_the_database_lost(
     tmp_path: Path, migrated_url: str
 ) -> None:
     async with Stack(tmp_path, migrated_url) as stack:
         person = stack.sandbox.person("+60111222333", "Mei")
+        sent = [await person.send_text(stack.shop, f"number {n}") for n in range(3)]
+        await stack.stored(sent)
+
+        async def all_decided() -> bool:
+            return bool(await stack.db.fetchval("SELECT count(*) = 3 FROM et_decisions"))
+
+        await stack.until(all_decided, "each is decided")
         child = await stack.child_pid()
         assert await stack.gateway.stop() == 0
         await stack.until(lambda: gone(child), "the child ended")
+        # As restoring an older backup would.
+        await stack.db.execute("DELETE FROM et_messages WHERE channel_message_id = $1", sent[1])
         meanwhile = await person.send_text(stack.shop, "are you there?")
-        await stack.gateway.start()
-        await stack.stored([meanwhile])
-        await stack.active()
+
+        async def looked_back() -> list[str]:
+            return [line for line in stack.gateway.lines if '"event":"journal.looked_back"' in line]
+
+        for missing in (1, 0):
+            stack.gateway.lines.clear()
+            await stack.gateway.start()
+            [line] = await stack.until(looked_back, "the journal was looked at")
+            assert f"{missing} messages were missing" in line
+            await stack.stored([*sent, meanwhile])
+            await stack.active()
+            assert await stack.gateway.stop() == 0
+        rows = await stack.db.fetch("SELECT channel_message_id FROM et_messages WHERE direction = 'inbound'")
+        assert sorted(row["channel_message_id"] for row in rows) == sorted([*sent, meanwhile])
+        assert await stack.db.fetchval("SELECT count(DISTINCT message_id) = count(*) FROM et_decisions")
 
 
 async def gone(pid: int) -> bool:

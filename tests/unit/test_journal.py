@@ -82,6 +82,33 @@ def test_replay_brings_released_entries_back(journal: Journal) -> None:
     assert [e.number for e in journal.pending(limit=1000)] == numbers
 
 
+def test_what_was_released_can_be_read_again_page_by_page(journal: Journal) -> None:
+    numbers = journal.append_many([("message", str(i), b"x") for i in range(5)])
+    assert journal.newest() == numbers[-1]
+    journal.release(numbers[:4])
+    journal.append("message", "later", b"x")
+    since = time.time() - 60
+    first = journal.released(since, after=0, through=numbers[-1], limit=3)
+    rest = journal.released(since, after=first[-1].number, through=numbers[-1], limit=3)
+    assert [e.key for e in (*first, *rest)] == ["0", "1", "2", "3"]  # what is pending comes by itself
+    assert journal.released(since, after=0, through=numbers[1]) == first[:2]
+    assert journal.released(time.time() + 60, after=0, through=numbers[-1]) == []
+
+
+def test_what_was_discarded_is_gone_and_its_key_is_still_known(journal: Journal, path: Path) -> None:
+    one, two = journal.append_many([("message", "A", b"private"), ("message", "B", b"x")])
+    journal.release([one, two])
+    journal.discard([one])
+    journal.discard([journal.append("message", "C", b"private")])
+    assert journal.depth() == 0
+    assert [e.key for e in journal.released(0, after=0, through=journal.newest())] == ["B"]
+    assert journal.keys("message") == {"A", "B", "C"}
+
+
+def test_an_empty_journal_has_no_newest_entry(journal: Journal) -> None:
+    assert journal.newest() == 0
+
+
 def test_prune_deletes_only_what_was_released_long_ago(journal: Journal) -> None:
     numbers = journal.append_many([("message", str(i), b"x" * 1000) for i in range(450)])
     journal.release(numbers[:420])
