@@ -239,7 +239,7 @@ class Child:
             self.folder, self.holds, self.wire.say, proxy=command.get("proxy"), library=self._by_library
         )
         self._spawn(self.fetching.run())
-        client = _Client(str(path), self._on_login)
+        client = _Client(store.opened_as(path), self._on_login)
         client.event.execute = self._on_event
         client.event.list_func = dict.fromkeys([*_JOURNALED, *_REPORTED], _unused)
         client.event.qr(self._on_qr)

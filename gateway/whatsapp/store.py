@@ -20,6 +20,12 @@ from pathlib import Path
 from gateway.whatsapp.gate import bare
 
 BUSY_SECONDS = 5.0
+_SETTINGS = "_foreign_keys=on&_journal_mode=WAL&_synchronous=FULL&_txlock=immediate&_="
+"""Of the driver in whatsmeow (github.com/mattn/go-sqlite3, "DSN"). A write-ahead log waits for the disk once where the
+default, a journal deleted at each commit, waits three times; a message sent takes two commits. FULL, because that driver
+would let commits of a write-ahead log go without waiting, and a send's secret must be on the disk before the message is on
+the wire. Immediate: a transaction that reads first and writes then is not refused because another one wrote between.
+The last name swallows what neonize appends (`?_foreign_keys=on`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,11 @@ class Device:
 class SecretRow:
     message_id: str
     chat: str
+
+
+def opened_as(path: Path) -> str:
+    """What neonize is told as the file's name."""
+    return f"{path}?{_SETTINGS}"
 
 
 def device(path: Path) -> Device | None:

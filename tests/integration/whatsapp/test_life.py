@@ -405,3 +405,11 @@ async def test_a_look_at_whatsmeows_file_leaves_its_locks_alone(session: Session
         finally:
             over.set()
     assert [(await mei.next_message()).text for _ in range(40)] == [str(n) for n in range(40)]
+
+
+async def test_whatsmeows_file_has_a_write_ahead_log(session: Session) -> None:
+    """The default, a journal that is deleted at every commit, halves what a session can send. Bytes 18 and 19 of the
+    file say how it is written (sqlite.org/fileformat2.html)."""
+    head = store_path(session.context.folder).read_bytes()[:20]
+    assert head[:15] == b"SQLite format 3"
+    assert tuple(head[18:20]) == (2, 2)

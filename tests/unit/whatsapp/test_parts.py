@@ -249,19 +249,21 @@ def test_healing_a_group_messages_key_hand_over_drops_both(database: Path) -> No
     assert store.drop_sessions(database, [("%@lid", "1@g.us", "x")]) == 0
 
 
-def test_a_file_left_in_the_middle_of_a_transaction_can_be_read(database: Path) -> None:
-    """As after a `kill -9`: the rollback journal is still there and has to be played back first."""
+@pytest.mark.parametrize("how", ["delete", "wal"])
+def test_a_file_left_in_the_middle_of_a_transaction_can_be_read(database: Path, how: str) -> None:
+    """As after a `kill -9`: the journal is still there and has to be played back, or left aside, first."""
     program = (
         "import os, sqlite3, sys\n"
         "c = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "c.execute('PRAGMA journal_mode = ' + sys.argv[2])\n"
         "c.execute('PRAGMA cache_size = 1'); c.execute('BEGIN IMMEDIATE')\n"
         "c.execute(\"UPDATE whatsmeow_device SET push_name = 'torn'\")\n"
         "rows = [('x', str(n), b'y' * 4000) for n in range(200)]\n"
         "c.executemany('INSERT INTO whatsmeow_sessions VALUES (?, ?, ?)', rows)\n"
         "os.kill(os.getpid(), 9)"
     )
-    subprocess.run([sys.executable, "-c", program, str(database)], check=False)
-    assert database.with_name("whatsapp.db-journal").exists()
+    subprocess.run([sys.executable, "-c", program, str(database), how], check=False)
+    assert database.with_name("whatsapp.db-journal" if how == "delete" else "whatsapp.db-wal").exists()
     assert store.device(database) == DEVICE
 
 
