@@ -13,7 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 GATED_RECEIPTS = frozenset({None, "", "inactive", "sender", "peer_msg"})
 """Receipt types that tell WhatsApp "I have it". `read`, `played` and the like pass: they do not take it off the queue."""
@@ -77,9 +77,14 @@ class _Trouble:
 
 @dataclass(slots=True, eq=False)
 class _Held:
+    """A receipt that waits. Each has a lock of its own: a hundred wait at once when the disk is slow, and waking all of
+    them for every message that is stored kept the processor busier than the messages did."""
+
     keys: tuple[str, ...]
     since: float
     attributes: dict[str, str]
+    closed: threading.Lock = field(default_factory=threading.Lock)
+    """Whoever opens it lets it go."""
 
 
 @dataclass(slots=True)
@@ -134,6 +139,8 @@ class Gate:
         self._heal: dict[str, _Heal] = {}
         self._lost: list[Suspect] = []
         self._held: set[_Held] = set()
+        self._waiting: dict[str, list[_Held]] = {}
+        """Those of them that nobody has opened yet, by each of their keys."""
         self._unconfirmed: dict[str, float] = {}
         self._running = 0
         self._last_callback = clock()
@@ -161,18 +168,33 @@ class Gate:
         with self._changed:
             # The receipt of a message that comes once more need not wait, and may have left before this call.
             again = any(key in self._stored for key in keys)
+            troubled = held = False
             for key in keys:
                 self._remember(key)
                 self._heal.pop(key, None)
-                self._trouble.pop(key, None)
-            if (
-                confirmed_later
-                and keys
-                and not again
-                and not any(set(held.keys) & set(keys) for held in self._held)
-            ):
+                troubled |= self._trouble.pop(key, None) is not None
+                held |= self._open(key)
+            if confirmed_later and keys and not again and not held:
                 self._unconfirmed[keys[0]] = self._clock() + self._timings.alarm
-            self._changed.notify_all()
+            if troubled:
+                self._changed.notify_all()
+
+    def _open(self, key: str) -> bool:
+        """Let the receipts of this message go; whether any waited."""
+        found = self._waiting.get(key)
+        if not found or self._broken:
+            return bool(found)
+        for held in list(found):
+            self._forget(held)
+            held.closed.release()
+        return True
+
+    def _forget(self, held: _Held) -> None:
+        for key in set(held.keys):
+            others = self._waiting[key]
+            others.remove(held)
+            if not others:
+                del self._waiting[key]
 
     def noted(self, message_id: str, senders: Iterable[str]) -> None:
         """The placeholder of an unreadable message is durable."""
@@ -274,22 +296,31 @@ class Gate:
             self._hold_until_stored(keys, attributes)
 
     def _hold_until_stored(self, keys: tuple[str, ...], attributes: dict[str, str]) -> None:
-        began = self._clock()
-        held = _Held(keys, began, attributes)
+        statistics = self.statistics
         with self._changed:
+            if not self._broken and any(key in self._stored for key in keys):
+                for key in keys:
+                    self._unconfirmed.pop(key, None)
+                statistics.gated += 1
+                return
+            held = _Held(keys, self._clock(), attributes)
+            began = held.since
+            held.closed.acquire()
             self._held.add(held)
-            self.statistics.held_now = len(self._held)
-            self.statistics.held_peak = max(self.statistics.held_peak, len(self._held))
-            while self._broken or not any(key in self._stored for key in keys):
+            for key in set(keys):
+                self._waiting.setdefault(key, []).append(held)
+            statistics.held_now = len(self._held)
+            statistics.held_peak = max(statistics.held_peak, statistics.held_now)
+        held.closed.acquire()
+        with self._changed:
+            while self._broken:
                 self._changed.wait(1.0)
             self._held.discard(held)
-            for key in keys:
-                self._unconfirmed.pop(key, None)
             waited = self._clock() - began
-            self.statistics.gated += 1
-            self.statistics.held_now = len(self._held)
-            self.statistics.seconds += waited
-            self.statistics.worst = max(self.statistics.worst, waited)
+            statistics.gated += 1
+            statistics.held_now = len(self._held)
+            statistics.seconds += waited
+            statistics.worst = max(statistics.worst, waited)
 
     def _hold_retry(self, keys: tuple[str, ...]) -> None:
         """A retry receipt takes the message off WhatsApp's queue too: its placeholder comes first."""
