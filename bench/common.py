@@ -139,6 +139,18 @@ def memory_mb(pid: int) -> tuple[float, float]:
     return found["Rss"], found["Pss"]
 
 
+def children(parent: int) -> list[int]:
+    """Process ids of the direct children of this process."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with suppress(OSError, ValueError, IndexError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(entry.name))
+    return found
+
+
 def whatsapp_children(gateway: int) -> dict[int, int]:
     """Session id → process id of the WhatsApp children of this gateway."""
     children: dict[int, int] = {}

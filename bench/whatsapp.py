@@ -33,6 +33,7 @@ import orjson
 
 from bench import common
 from bench.common import Figure, figure, percentiles
+from bench.whatsapp_out import Outward
 from sandbox.whatsapp.phone import Phone
 from tests.support.stack import Stack
 from tests.support.whatsapp_real import RealClient
@@ -266,11 +267,11 @@ class Bench:
         await put(range(count), " now")
         calls = await self._calls(first, count)
         waits = await self._waits(committed, calls)
-        self.out_rate = len(waits) / max(waits, default=1.0)
+        last = max(waits, default=1.0)
         found.append(
             figure(
                 f"{count} rows in one transaction: until the last one is out",
-                f"{max(waits, default=0):.1f} s, {self.out_rate:.0f}/s; sent twice {len(calls) - len(set(calls))}, "
+                f"{last:.1f} s, {len(waits) / last:.0f}/s; sent twice {len(calls) - len(set(calls))}, "
                 f"not sent {count - len(waits)}",
             )
         )
@@ -304,17 +305,17 @@ class Bench:
             for turn in range(3):
                 inward["gateway"].append(await self._burst_gateway(turn))
                 inward["library"].append(await self._burst_bare(bare, turn))
-            outward = await self._burst_out_bare(bare)
+            burst = f"a burst of {BURST} from {BURST_SENDERS} senders"
+            found = [
+                figure(f"{burst}, in: gateway, to commit", common.rate(inward["gateway"])),
+                figure(f"{burst}, in: bare library, to handler", common.rate(inward["library"])),
+                figure(
+                    "in: gateway ÷ bare library", common.ratio(inward["gateway"], inward["library"]), "0.9"
+                ),
+            ]
+            return found + await Outward(self.stack, bare, self.options.outbound).figures()
         finally:
             await bare.kill()
-        burst = f"a burst of {BURST} from {BURST_SENDERS} senders"
-        return [
-            figure(f"{burst}, in: gateway, to commit", common.rate(inward["gateway"])),
-            figure(f"{burst}, in: bare library, to handler", common.rate(inward["library"])),
-            figure("in: gateway ÷ bare library", common.ratio(inward["gateway"], inward["library"]), "0.9"),
-            figure(f"{self.options.outbound} out: bare library", f"{outward:.0f}/s"),
-            figure("out: gateway ÷ bare library", f"{self.out_rate / outward:.2f}", "0.9"),
-        ]
 
     async def _bare(self) -> RealClient:
         self.bare_shop = self.stack.sandbox.phone(BARE_NUMBER, "Bare")
@@ -351,27 +352,6 @@ class Bench:
                 await asyncio.sleep(0.05)
         first = min(self.stack.sandbox.written(i)[0].at for i in ids)
         return float(len(ids) / (max(got.values()) - first))
-
-    async def _burst_out_bare(self, bare: RealClient) -> float:
-        count = self.options.outbound
-        people = [f"6011{n:07}" for n in range(min(30, self.options.senders))]
-        for number in people:  # sessions exist on the gateway's side as well
-            await bare.do("send", to=number, text="Hello")
-        start = time.monotonic()
-        first = len(self.stack.sandbox.calls)
-        await asyncio.gather(
-            *(
-                bare.do(
-                    "send",
-                    timeout=SETTLE_SECONDS,
-                    to=people[n % len(people)],
-                    text=f"Your order {n} is ready.",
-                )
-                for n in range(count)
-            )
-        )
-        calls = self.stack.sandbox.calls.items[first:]
-        return float(len(calls) / (calls[-1].monotonic - start))
 
     # ---- trouble ----
 

@@ -27,6 +27,7 @@ class RealClient:
         self._wa = wa
         self._numbers = itertools.count(1)
         self.events: Ledger[Json] = Ledger()
+        self._replies: dict[int, asyncio.Future[Json]] = {}
         self.process: asyncio.subprocess.Process
         self._reading: asyncio.Task[None]
 
@@ -49,7 +50,10 @@ class RealClient:
     async def _read(self) -> None:
         assert self.process.stdout is not None
         while line := await self.process.stdout.readline():
-            self.events.add(json.loads(line))
+            event = json.loads(line)
+            self.events.add(event)
+            if event["ev"] == "reply" and (reply := self._replies.get(event["id"])) and not reply.done():
+                reply.set_result(event)
 
     async def wait(
         self,
@@ -70,8 +74,12 @@ class RealClient:
         number = next(self._numbers)
         assert self.process.stdin is not None
         command = {"id": number, "op": operation, **fields}
+        self._replies[number] = asyncio.get_running_loop().create_future()
         self.process.stdin.write(json.dumps(command).encode() + b"\n")
-        reply = await self.wait("reply", lambda event: event["id"] == number, timeout=timeout)
+        try:
+            reply = await asyncio.wait_for(self._replies[number], timeout)
+        finally:
+            del self._replies[number]
         if "error" in reply:
             raise ClientError(reply["error"])
         return reply["result"]

@@ -1,0 +1,148 @@
+"""Bursts out of the gateway and out of the bare client library, in turns: how fast, and at what cost in processor time.
+
+Both sides write the same texts to the same people, with whom each has sessions already, and both are measured from just
+before the messages are handed over (COMMIT, the first command) to the last arrival at the sandbox's server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from bench import common
+from bench.common import Figure, figure
+from tests.support.stack import Stack
+from tests.support.whatsapp_real import RealClient
+
+TURNS = 5
+PEOPLE = 30
+SETTLE_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class Side:
+    """What one of the two did: messages a second, and milliseconds of processor time a message by process."""
+
+    rates: list[float] = field(default_factory=list)
+    costs: dict[str, list[float]] = field(default_factory=dict)
+
+    def cost(self) -> str:
+        medians = {name: statistics.median(values) for name, values in self.costs.items()}
+        return (
+            f"{sum(medians.values()):.1f} ms (" + ", ".join(f"{n} {v:.1f}" for n, v in medians.items()) + ")"
+        )
+
+
+class Outward:
+    """`await prepare()`, then turns of `gateway()` and `library()`."""
+
+    def __init__(self, stack: Stack, bare: RealClient, count: int) -> None:
+        self.stack, self.bare, self.count = stack, bare, count
+        self.people = [f"6011{n:07}" for n in range(min(PEOPLE, count))]
+
+    async def prepare(self) -> None:
+        """Everybody has heard from both sides once: what is measured begins no Signal session."""
+        for number in self.people:
+            self.stack.sandbox.person(f"+{number}")
+        first = len(self.stack.sandbox.calls)
+        await (await self._rows("Hello", len(self.people)))()
+        await self._arrived(first, len(self.people))
+        for number in self.people:
+            await self.bare.do("send", to=number, text="Hello")
+
+    async def turns(self, turns: int = TURNS) -> tuple[Side, Side]:
+        ours, theirs = Side(), Side()
+        for _ in range(turns):
+            await self._turn(ours, self._pids_of_gateway(), await self._rows("Your order {} is ready."))
+            await self._turn(theirs, self._pids_of_library(), self._library)
+        return ours, theirs
+
+    async def figures(self, turns: int = TURNS) -> list[Figure]:
+        await self.prepare()
+        ours, theirs = await self.turns(turns)
+        what = f"{self.count} out to {len(self.people)} people at once"
+        return [
+            figure(f"{what}: gateway, from COMMIT", common.rate(ours.rates)),
+            figure(f"{what}: bare library, from the first call", common.rate(theirs.rates)),
+            figure("out: gateway ÷ bare library", common.ratio(ours.rates, theirs.rates), "0.9"),
+            figure("out: processor time a message, gateway", ours.cost()),
+            figure("out: processor time a message, bare library", theirs.cost()),
+        ]
+
+    # ---- one burst ----
+
+    async def _turn(
+        self, side: Side, pids: dict[str, list[int]], burst: Callable[[], Awaitable[object]]
+    ) -> None:
+        before = {name: common.cpu_seconds(found) for name, found in pids.items()}
+        first = len(self.stack.sandbox.calls)
+        start = time.monotonic()
+        await burst()
+        last = await self._arrived(first, self.count)
+        side.rates.append(self.count / (last - start))
+        await asyncio.sleep(0.5)  # receipts and marks belong to the cost
+        for name, found in pids.items():
+            spent = common.cpu_seconds(found) - before[name]
+            side.costs.setdefault(name, []).append(spent / self.count * 1000)
+
+    async def _library(self) -> None:
+        sends = [
+            self.bare.do(
+                "send",
+                timeout=SETTLE_SECONDS,
+                to=self.people[n % len(self.people)],
+                text=f"Your order {n} is ready.",
+            )
+            for n in range(self.count)
+        ]
+        await asyncio.gather(*sends)
+
+    async def _rows(self, text: str, count: int | None = None) -> Callable[[], Awaitable[None]]:
+        """Rows of one transaction; what is returned commits them."""
+        transaction = self.stack.db.transaction()
+        await transaction.start()
+        for n in range(count or self.count):
+            await self.stack.db.execute(
+                "SELECT et_enqueue_outbound($1, $2, $3, $4)",
+                self.stack.tenant,
+                self.stack.session,
+                f"+{self.people[n % len(self.people)]}",
+                text.format(n),
+            )
+        return transaction.commit
+
+    async def _arrived(self, first: int, count: int) -> float:
+        """When the last of `count` calls since then came to the server; each of them once."""
+        calls = self.stack.sandbox.calls
+        await calls.wait_for(start=first + count - 1, timeout=SETTLE_SECONDS)
+        found = calls.items[first:]
+        assert len({call.id for call in found}) == count, "a message came twice"
+        return found[count - 1].monotonic
+
+    # ---- whose time it is ----
+
+    def _pids_of_gateway(self) -> dict[str, list[int]]:
+        assert self.stack.gateway.process is not None
+        gateway = self.stack.gateway.process.pid
+        return {
+            "gateway": [gateway],
+            "child": list(common.whatsapp_children(gateway).values()),
+            "database": self._database(),
+            "sandbox": [os.getpid()],
+        }
+
+    def _pids_of_library(self) -> dict[str, list[int]]:
+        return {"library": [self.bare.process.pid], "sandbox": [os.getpid()]}
+
+    def _database(self) -> list[int]:
+        """The embedded server and its processes as they are now; none when the database is another one."""
+        with suppress(OSError, ValueError):
+            pid_file = next((self.stack.folder / "data/postgres").rglob("postmaster.pid"))
+            first = int(pid_file.read_text().split()[0])
+            return [first, *common.children(first)]
+        return []
