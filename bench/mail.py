@@ -41,6 +41,7 @@ from core.store import sessions as store
 from gateway.email import parse
 from gateway.email.kind import email_kind
 from gateway.email.parser import PARSE_SECONDS
+from gateway.media.guard import Guard
 from gateway.sessions import SessionManager
 from sandbox.mail import MailSandbox
 
@@ -208,9 +209,9 @@ async def gateway(url: str, folder: Path) -> AsyncIterator[Gateway]:
     db = await Database.open(url)
     ingest = Ingest(db, metrics)
     await ingest.start()
-    settings = load({"DATA_DIR": str(folder / "data")})
+    settings = load({"DATA_DIR": str(folder / "data"), **MailSandbox.launch_env()})
     settings.data_dir.mkdir(parents=True)
-    kinds = {"email": email_kind(metrics)}
+    kinds = {"email": email_kind(metrics, guard=Guard(networks=settings.mail_private_networks))}
     sessions = SessionManager(db, ingest, metrics, kinds, settings, owner="bench", keys=keys)
     try:
         async with db.worker() as conn:

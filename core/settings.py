@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ _ALLOWED = {
     "OUTBOUND_MAX_ATTEMPTS": "a whole number from 1 to 20",
     "IMPORT_MAX_BYTES": "a number of bytes from 1048576 (1 MiB) to 1099511627776 (1 TiB)",
     "TELEGRAM_BASE_URL": "https:// or http:// and the host of a Bot API server, like https://api.telegram.org",
+    "MAIL_PRIVATE_NETWORKS": "addresses and networks, separated by commas, like 10.0.5.0/24, 127.0.0.1",
     "LLM_PROVIDER": "openai, anthropic or another provider's name; unset: the rules decider",
 }
 
@@ -49,6 +51,8 @@ class Settings(BaseSettings):
     """Of one bulk import over HTTP."""
     telegram_base_url: str = "https://api.telegram.org"
     """Of the Bot API: Telegram's own, a server of one's own, or the sandbox. Never a tenant's to choose."""
+    mail_private_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = ()
+    """Of the operator's own: mail and token servers that tenants name may be there, besides the public internet."""
     llm_provider: str | None = None
     llm_model: str | None = None
     llm_base_url: str | None = None
@@ -67,6 +71,15 @@ class Settings(BaseSettings):
         if not value.startswith(("https://", "http://")) or any(c.isspace() or c in "?#@" for c in value):
             raise ValueError("not a web address")
         return value.rstrip("/")
+
+    @field_validator("mail_private_networks", mode="before")
+    @classmethod
+    def _networks(cls, value: Any) -> Any:
+        return (
+            tuple(part.strip() for part in value.split(",") if part.strip())
+            if isinstance(value, str)
+            else value
+        )
 
     @field_validator("whatsapp_client_command", mode="before")
     @classmethod

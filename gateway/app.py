@@ -40,6 +40,7 @@ from gateway.api.problems import Problem
 from gateway.api.routing import KEYS
 from gateway.email.kind import email_kind
 from gateway.media import MediaStore, MediaWorker, OutgoingMedia
+from gateway.media.guard import Guard
 from gateway.sessions import SessionManager
 from gateway.telegram import kind as telegram
 from gateway.whatsapp.channel import WhatsAppChannel
@@ -66,7 +67,7 @@ def registry(settings: Settings, metrics: Metrics) -> dict[str, ChannelKind]:
             webhook=convert_webhook,
             settings=check_whatsapp_settings,
         ),
-        "email": email_kind(metrics),
+        "email": email_kind(metrics, guard=Guard(networks=settings.mail_private_networks)),
         "telegram": telegram(settings),
     }
 

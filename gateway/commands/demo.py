@@ -75,6 +75,7 @@ class Demo:
             "WHATSAPP_CLIENT_COMMAND": child,
             "TELEGRAM_BASE_URL": telegram.url,
             "INBOUND_POLL_SECONDS": "5",
+            **mail.launch_env(),
         }
         if url := os.environ.get("DATABASE_URL"):
             environ["DATABASE_URL"] = url

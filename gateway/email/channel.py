@@ -50,6 +50,7 @@ from gateway.email.raws import Raws
 from gateway.email.reader import pause
 from gateway.email.standing import SMTP, Standing
 from gateway.email.timings import Timings
+from gateway.media.guard import Guard
 
 logger = log.get(part="email")
 
@@ -68,9 +69,11 @@ class EmailChannel:
         *,
         parser: MailParser,
         metrics: Metrics,
+        guard: Guard | None = None,
         timings: Timings | None = None,
     ) -> None:
         self._context, self._sink, self._metrics = context, sink, metrics
+        self._guard = guard or Guard()
         self._parser = parser
         self._timings = timings or Timings()
         self._settings = reading.read(context.metadata)
@@ -111,6 +114,7 @@ class EmailChannel:
                     parser=self._parser,
                     raws=self._raws,
                     timings=self._timings,
+                    guard=self._guard,
                     tell=self.tell,
                 )
             except GatewayError as error:

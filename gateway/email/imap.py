@@ -36,6 +36,7 @@ from gateway.email.oauth import Tokens
 from gateway.email.problems import Problem, refused_login, throttled, unreachable
 from gateway.email.settings import Credentials, Server
 from gateway.email.timings import Timings
+from gateway.media.guard import Guard
 
 T = TypeVar("T")
 
@@ -193,17 +194,22 @@ class _Protocol(IMAP4ClientProtocol):  # type: ignore[misc]
 class _Client(IMAP4):  # type: ignore[misc]
     """The library's client around our protocol."""
 
-    def __init__(self, protocol: _Protocol, host: str, port: int, tls: ssl.SSLContext | None) -> None:
-        self._ours = protocol
+    def __init__(
+        self, protocol: _Protocol, host: str, port: int, tls: ssl.SSLContext | None, guard: Guard
+    ) -> None:
+        self._ours, self._guard = protocol, guard
         super().__init__(host, port, ssl_context=tls, timeout=None)
 
     def create_client(
         self, host: str, port: int, loop: Any, conn_lost_cb: Any = None, ssl_context: Any = None
     ) -> None:
-        running = asyncio.get_running_loop()
         self.protocol = self._ours
-        self._client_task = running.create_task(
-            running.create_connection(lambda: self._ours, host, port, ssl=ssl_context)
+        self._client_task = asyncio.get_running_loop().create_task(self._dial(host, port, ssl_context))
+
+    async def _dial(self, host: str, port: int, tls: ssl.SSLContext | None) -> Any:
+        sock = await self._guard.connect(host, port)
+        return await asyncio.get_running_loop().create_connection(
+            lambda: self._ours, sock=sock, ssl=tls, server_hostname=host if tls else None
         )
 
 
@@ -218,13 +224,20 @@ class Imap:
 
     @classmethod
     async def open(
-        cls, credentials: Credentials, tls: ssl.SSLContext, timings: Timings, tokens: Tokens | None
+        cls,
+        credentials: Credentials,
+        tls: ssl.SSLContext,
+        timings: Timings,
+        tokens: Tokens | None,
+        *,
+        guard: Guard,
     ) -> Imap:
-        """Connect, verify, log in. Raises Problem."""
+        """Connect, verify, log in. Raises Problem. `guard`: where the server may be."""
         server = credentials.imap
         loop = asyncio.get_running_loop()
         protocol = _Protocol(loop, loop.create_future())
-        client = _Client(protocol, server.host, server.port, tls if server.security == "tls" else None)
+        over_tls = tls if server.security == "tls" else None
+        client = _Client(protocol, server.host, server.port, over_tls, guard)
         self = cls(client, protocol, timings)
         try:
             async with asyncio.timeout(timings.connect):

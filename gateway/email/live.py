@@ -29,6 +29,7 @@ from gateway.email.sent import Sent
 from gateway.email.settings import Credentials, SessionSettings
 from gateway.email.smtp import Smtp
 from gateway.email.timings import Timings
+from gateway.media.guard import Guard
 
 logger = log.get(part="email")
 
@@ -58,9 +59,10 @@ class Live:
         parser: MailParser,
         raws: Raws,
         timings: Timings,
+        guard: Guard,
         tell: Callable[[str, Problem | None], None],
     ) -> None:
-        """`tell`: how a folder stands, None when it is well. Raises Invalid."""
+        """`guard`: where its servers may be. `tell`: how a folder stands, None when it is well. Raises Invalid."""
         self._context, self._sink = context, sink
         self._parser, self._raws = parser, raws
         self._timings, self._settings = timings, settings
@@ -68,8 +70,9 @@ class Live:
         self._credentials = credentials
         self.own = credentials.own
         self._tls = tls_context(credentials.ca)
-        self._tokens = Tokens(credentials.oauth, self._tls) if credentials.oauth else None
-        self.smtp = Smtp(credentials, self._tls, self._timings, self._tokens)
+        self._guard = guard
+        self._tokens = Tokens(credentials.oauth, self._tls, guard) if credentials.oauth else None
+        self.smtp = Smtp(credentials, self._tls, self._timings, self._tokens, guard=guard)
         self.sent = Sent(
             self.open,
             self._timings,
@@ -85,7 +88,7 @@ class Live:
         self._intake: Intake | None = None
 
     async def open(self) -> Imap:
-        return await Imap.open(self._credentials, self._tls, self._timings, self._tokens)
+        return await Imap.open(self._credentials, self._tls, self._timings, self._tokens, guard=self._guard)
 
     async def run(self) -> None:
         intake = await self._made_intake()

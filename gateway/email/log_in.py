@@ -15,6 +15,7 @@ from gateway.email.problems import Problem
 from gateway.email.settings import Credentials, read_credentials
 from gateway.email.smtp import Smtp
 from gateway.email.timings import Timings
+from gateway.media.guard import Guard
 
 SECONDS = 19.0
 _TIMINGS = Timings(connect=9.0, command=8.0)
@@ -40,7 +41,9 @@ FORM = (
 )
 
 
-async def check_credentials(credentials: Json, metadata: Mapping[str, Any]) -> LogIn:
+async def check_credentials(
+    credentials: Json, metadata: Mapping[str, Any], *, guard: Guard | None = None
+) -> LogIn:
     """As `core.channel.CredentialCheck`. Raises InvalidField with the field and what the server said."""
     read = read_credentials(credentials)
     try:
@@ -51,7 +54,7 @@ async def check_credentials(credentials: Json, metadata: Mapping[str, Any]) -> L
         ) from None
     try:
         async with asyncio.timeout(SECONDS):
-            await _try(read)
+            await _try(read, guard or Guard())
     except Problem as problem:
         raise _field_of(problem) from None
     except (ImapLost, ImapRefused) as error:
@@ -65,15 +68,15 @@ async def check_credentials(credentials: Json, metadata: Mapping[str, Any]) -> L
     return LogIn(own, _kept(read))
 
 
-async def _try(credentials: Credentials) -> None:
+async def _try(credentials: Credentials, guard: Guard) -> None:
     tls = tls_context(credentials.ca)
-    tokens = Tokens(credentials.oauth, tls) if credentials.oauth else None
-    connection = await Imap.open(credentials, tls, _TIMINGS, tokens)
+    tokens = Tokens(credentials.oauth, tls, guard) if credentials.oauth else None
+    connection = await Imap.open(credentials, tls, _TIMINGS, tokens, guard=guard)
     try:
         await connection.select("INBOX")
     finally:
         await connection.close()
-    smtp = Smtp(credentials, tls, _TIMINGS, tokens)
+    smtp = Smtp(credentials, tls, _TIMINGS, tokens, guard=guard)
     try:
         await smtp.probe()
     finally:

@@ -14,6 +14,7 @@ import orjson
 from core import log
 from gateway.email.problems import Problem, unreachable
 from gateway.email.settings import OAuth
+from gateway.media.guard import Guard, PrivateAddressError
 
 logger = log.get(part="email")
 
@@ -27,10 +28,15 @@ class Tokens:
     """`await token()`; `await token(renew=True)` after a server refused one."""
 
     def __init__(
-        self, oauth: OAuth, tls: ssl.SSLContext, clock: Callable[[], float] = time.monotonic
+        self,
+        oauth: OAuth,
+        tls: ssl.SSLContext,
+        guard: Guard,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`guard`: where the token server may be."""
         self._oauth = oauth
-        self._tls = tls
+        self._tls, self._guard = tls, guard
         self._clock = clock
         self._refresh = oauth.refresh_token.get_secret_value()
         self._token = ""
@@ -59,16 +65,18 @@ class Tokens:
             form["client_secret"] = oauth.client_secret.get_secret_value()
         if oauth.scope is not None:
             form["scope"] = oauth.scope
+        connector = self._guard.connector(self._tls)
         try:
             async with (
                 asyncio.timeout(SECONDS),
-                aiohttp.ClientSession(trust_env=False) as session,
-                session.post(oauth.token_url, data=form, ssl=self._tls, allow_redirects=False) as response,
+                aiohttp.ClientSession(trust_env=False, connector=connector) as session,
+                session.post(oauth.token_url, data=form, allow_redirects=False) as response,
             ):
                 status, body = response.status, await response.content.read(MOST_BYTES)
                 answer = _json(body)
         except Exception as error:
-            raise _unreachable(oauth.token_url, error) from None
+            cause = PrivateAddressError() if connector.refused else error
+            raise _unreachable(oauth.token_url, cause) from None
         token = answer.get("access_token")
         if status != 200 or not isinstance(token, str) or not token or not token.isascii():
             raise _refused(status, answer)

@@ -11,8 +11,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from core.channel import SessionState, SessionStatus
+from gateway.media.guard import PrivateAddressError
 
 Part = Literal["imap", "smtp", "oauth"]
+_SERVERS: dict[Part, str] = {
+    "imap": "an IMAP server",
+    "smtp": "an SMTP server",
+    "oauth": "a token address",
+}
 
 
 @dataclass(eq=False)
@@ -46,6 +52,17 @@ def unreachable(part: Part, host: str, port: int, error: BaseException) -> Probl
     match error:
         case Problem():
             return error
+        case PrivateAddressError():
+            # Not which address it has: names of our own network are nobody else's business.
+            return Problem(
+                "private_address",
+                f"{where} is not on the public internet",
+                f"Name {_SERVERS[part]} that the internet can reach, or have the operator of this gateway allow that network"
+                " (MAIL_PRIVATE_NETWORKS).",
+                lasting=True,
+                part=part,
+                field="token_url" if part == "oauth" else "host",
+            )
         case socket.gaierror():
             return Problem(
                 "host_not_found",

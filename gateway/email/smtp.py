@@ -26,6 +26,7 @@ from gateway.email.oauth import Tokens
 from gateway.email.problems import Problem, is_throttle, refused_login, throttled, unreachable
 from gateway.email.settings import Credentials
 from gateway.email.timings import Timings
+from gateway.media.guard import Guard
 
 T = TypeVar("T")
 
@@ -44,12 +45,14 @@ class Smtp:
         timings: Timings,
         tokens: Tokens | None,
         *,
+        guard: Guard,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._credentials = credentials
         self._tls = tls
         self._timings = timings
         self._tokens = tokens
+        self._guard = guard
         self._clock = clock
         self._turn = asyncio.Lock()
         self._client: SMTP | None = None
@@ -105,22 +108,24 @@ class Smtp:
 
     async def _open(self) -> SMTP:
         server = self._credentials.smtp
-        client = SMTP(
-            hostname=server.host,
-            port=server.port,
-            use_tls=server.security == "tls",
-            start_tls=False,
-            tls_context=self._tls,
-            timeout=self._timings.connect,
-            local_hostname="localhost",
-        )
+        client: SMTP | None = None
         try:
             async with asyncio.timeout(self._timings.connect):
+                client = SMTP(
+                    hostname=server.host,
+                    sock=await self._guard.connect(server.host, server.port),
+                    use_tls=server.security == "tls",
+                    start_tls=False,
+                    tls_context=self._tls,
+                    timeout=self._timings.connect,
+                    local_hostname="localhost",
+                )
                 await client.connect()
                 if server.security == "starttls":
                     await self._start_tls(client)
         except BaseException as error:
-            client.close()
+            if client is not None:
+                client.close()
             if not isinstance(error, Exception):
                 raise
             raise self._not_connected(error) from None

@@ -1,4 +1,5 @@
-"""Keeps what tenants ask us to fetch away from our own network: every address is judged when the socket is made.
+"""Keeps what tenants name (files to fetch, mail servers, token addresses) away from our own network: every address is
+judged when the socket is made.
 
 Judging names or resolving twice would leave gaps (IP literals, a name that changes its address between look and use);
 the socket factory sees the address that is really connected to.
@@ -6,6 +7,7 @@ the socket factory sees the address that is really connected to.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 from collections.abc import Collection
@@ -14,6 +16,7 @@ from typing import Any
 import aiohttp
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 # Global by some version of the book, but they lead elsewhere: to IPv4 addresses wrapped in IPv6, to a cloud's own services.
 _DENIED = tuple(
@@ -55,15 +58,52 @@ def is_public(host: str) -> bool:
 
 
 class Guard:
-    """Makes connectors that open sockets to public addresses alone. `allow`: (host, port) pairs for tests."""
+    """Opens sockets to public addresses alone. `allow`: (address, port) pairs for tests; `networks`: what the operator says
+    may be reached as well."""
 
-    def __init__(self, allow: Collection[tuple[str, int]] = ()) -> None:
+    def __init__(
+        self, allow: Collection[tuple[str, int]] = (), *, networks: Collection[Network] = ()
+    ) -> None:
         self._allow = frozenset(allow)
+        self._networks = tuple(networks)
 
     def check(self, host: str, port: int) -> None:
         """Raises PrivateAddressError."""
-        if (host, port) not in self._allow and not is_public(host):
+        if not (is_public(host) or (host, port) in self._allow or self._is_ours(host)):
             raise PrivateAddressError("not a public address")
+
+    def _is_ours(self, host: str) -> bool:
+        if not self._networks:
+            return False
+        address = ipaddress.ip_address(host.partition("%")[0])
+        return any(address in network for network in self._networks if network.version == address.version)
+
+    async def connect(self, host: str, port: int) -> socket.socket:
+        """A connected, non-blocking socket. The name is resolved once, and what it gave is what is connected to.
+
+        Raises PrivateAddressError when the name has no address that may be reached, OSError when none answers. Waits as
+        long as the system does: put a limit around it."""
+        loop = asyncio.get_running_loop()
+        failed: OSError | None = None
+        for family, kind, protocol, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            try:
+                self.check(str(address[0]), port)
+            except PrivateAddressError as error:
+                failed = failed or error
+                continue
+            made = socket.socket(family, kind, protocol)
+            try:
+                made.setblocking(False)
+                await loop.sock_connect(made, address)
+            except OSError as error:
+                made.close()
+                failed = error
+            except BaseException:
+                made.close()
+                raise
+            else:
+                return made
+        raise failed or OSError(f"{host} has no address")
 
     def connector(self, ssl: Any = True) -> Connector:
         return Connector(self, ssl)

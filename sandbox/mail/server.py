@@ -203,6 +203,11 @@ class MailSandbox:
         assert self._certificate is not None
         return self._certificate.pem
 
+    @staticmethod
+    def launch_env() -> dict[str, str]:
+        """What a gateway must be told so that its sessions may log in here: servers on loopback are refused otherwise."""
+        return {"MAIL_PRIVATE_NETWORKS": "127.0.0.0/8, ::1"}
+
     @property
     def credentials(self) -> dict[str, Any]:
         return {

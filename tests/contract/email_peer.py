@@ -14,6 +14,7 @@ from core.settings import Settings
 from gateway.email import parse
 from gateway.email.kind import email_kind
 from gateway.email.timings import Timings
+from gateway.media.guard import Guard
 from sandbox.mail import Letter, MailSandbox, Person
 from tests.contract.peer import Arrival, Can, LogIn, Peer, recorded_json
 from tests.support.mail import convert_given
@@ -109,10 +110,10 @@ class EmailPeer:
         await self.mail.stop()
 
     def settings(self) -> Mapping[str, str]:
-        return {}
+        return self.mail.launch_env()
 
     def kind(self, settings: Settings, metrics: Metrics) -> ChannelKind:
-        return email_kind(metrics, SHORT)
+        return email_kind(metrics, SHORT, guard=Guard(networks=settings.mail_private_networks))
 
     def log_in(self) -> LogIn:
         return LogIn(self.mail.account.address, self.mail.credentials, {"settings": {"save_sent": False}})

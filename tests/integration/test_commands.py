@@ -16,7 +16,7 @@ from core.errors import Conflict, InvalidField, NotFound
 from core.metrics import Metrics
 from core.pilot import PilotKeeper
 from core.secrets import KeyRing
-from core.settings import Settings
+from core.settings import Settings, load
 from core.store import credentials as sealed
 from core.store import pilot
 from gateway.commands import admin, doctor
@@ -33,7 +33,8 @@ async def tenant(database: Database) -> int:
 
 @pytest.fixture
 def settings(migrated_url: str, tmp_path: Path) -> Settings:
-    return Settings(database_url=SecretStr(migrated_url), data_dir=tmp_path)
+    loopback = load(MailSandbox.launch_env()).mail_private_networks
+    return Settings(database_url=SecretStr(migrated_url), data_dir=tmp_path, mail_private_networks=loopback)
 
 
 async def test_a_mailbox_is_added_checked_and_given_new_credentials(

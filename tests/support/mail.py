@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from core.channel import Converted, Person, SessionContext, SessionId, TenantId
+from core.settings import load
 from core.sinks import Written
 from gateway.email import parse
 from gateway.email.convert import Known, Origin, convert, unreadable
 from gateway.email.ids import MessageIds
+from gateway.media.guard import Guard
+from sandbox.mail import MailSandbox
 
 OWN = "shop@example.com"
 IDS = MessageIds(b"k" * 32, OWN)
+LOOPBACK = Guard(networks=load(MailSandbox.launch_env()).mail_private_networks)
+"""Lets sessions log in to the sandbox and to Dovecot."""
 CONTEXT = SessionContext(TenantId(1), SessionId(2), "email", OWN, None, {}, {}, Path("unused"))
 RECEIVED = datetime(2026, 6, 1, 8, 0, 5, tzinfo=UTC)
 

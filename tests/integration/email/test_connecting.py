@@ -8,13 +8,18 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from core.channel import SessionState
 from core.errors import InvalidField, NotSentError, RefusedError, ThrottledError, UnknownOutcomeError
+from core.metrics import Metrics
 from gateway.email.imap import Imap, ImapLost, decode_folder, encode_folder
+from gateway.email.kind import email_kind
 from gateway.email.live import tls_context
 from gateway.email.log_in import check_credentials
 from gateway.email.oauth import Tokens
@@ -22,9 +27,12 @@ from gateway.email.problems import Problem
 from gateway.email.settings import read_credentials
 from gateway.email.smtp import Smtp
 from gateway.email.timings import Timings
+from gateway.media.guard import Guard
 from sandbox.mail import MailSandbox
 from sandbox.mail.certificate import make_certificate
 from tests.support.dovecot import PASSWORD, USER, Dovecot
+from tests.support.mail import CONTEXT, LOOPBACK, OWN
+from tests.support.whatsapp_sink import MemorySink, until
 
 SHORT = Timings(connect=10, command=5, fetch=10, idle=5, data=5, keep=30)
 MAIL = b"Subject: hi\r\nMessage-ID: <x@y>\r\n\r\nhello\r\n"
@@ -39,12 +47,12 @@ async def mail() -> AsyncIterator[MailSandbox]:
 
 async def opened(given: dict[str, Any], timings: Timings = SHORT, tokens: Tokens | None = None) -> Imap:
     credentials = read_credentials(given)
-    return await Imap.open(credentials, tls_context(credentials.ca), timings, tokens)
+    return await Imap.open(credentials, tls_context(credentials.ca), timings, tokens, guard=LOOPBACK)
 
 
 def sending(given: dict[str, Any], timings: Timings = SHORT, tokens: Tokens | None = None) -> Smtp:
     credentials = read_credentials(given)
-    return Smtp(credentials, tls_context(credentials.ca), timings, tokens)
+    return Smtp(credentials, tls_context(credentials.ca), timings, tokens, guard=LOOPBACK)
 
 
 # --- TLS
@@ -131,7 +139,7 @@ async def test_a_mailbox_opens_with_a_token_that_is_renewed_when_it_is_refused(m
         given = with_oauth(mail, url)
         credentials = read_credentials(given)
         assert credentials.oauth is not None
-        tokens = Tokens(credentials.oauth, tls_context(credentials.ca))
+        tokens = Tokens(credentials.oauth, tls_context(credentials.ca), LOOPBACK)
         connection = await opened(given, tokens=tokens)
         assert (await connection.select("INBOX")).exists == 0
         await connection.close()
@@ -152,7 +160,7 @@ async def test_a_mailbox_opens_with_a_token_that_is_renewed_when_it_is_refused(m
 async def test_a_permission_taken_back_is_named(mail: MailSandbox) -> None:
     async with token_server([(400, {"error": "invalid_grant"})]) as (url, _):
         with pytest.raises(InvalidField) as refused:
-            await check_credentials(with_oauth(mail, url), {})
+            await check_credentials(with_oauth(mail, url), {}, guard=LOOPBACK)
     assert refused.value.field == "credentials.oauth.refresh_token"
     assert "refresh-1" not in str(refused.value)
     assert "s3cret" not in str(refused.value)
@@ -160,10 +168,61 @@ async def test_a_permission_taken_back_is_named(mail: MailSandbox) -> None:
 
 async def test_checked_credentials_come_back_complete(mail: MailSandbox) -> None:
     given = {**mail.credentials, "imap": {"host": "localhost", "port": mail.imap_port}}
-    found = await check_credentials(given, {})
+    found = await check_credentials(given, {}, guard=LOOPBACK)
     assert found.identifier == mail.account.address
     assert found.credentials["imap"] == {"host": "localhost", "port": mail.imap_port, "security": "tls"}
     assert found.credentials["password"] == mail.account.password
+
+
+# --- servers in our own network
+
+
+async def test_a_server_in_our_own_network_is_refused_before_anything_is_connected_to(
+    mail: MailSandbox,
+) -> None:
+    guard = Guard(allow=[("127.0.0.1", mail.imap_port), ("::1", mail.imap_port)])  # for SMTP's turn
+    async with token_server([(200, {"access_token": "x"})]) as (url, asked):
+        for given, allowed, field in (
+            (mail.credentials, Guard(), "credentials.imap.host"),
+            (mail.credentials, guard, "credentials.smtp.host"),
+            (with_oauth(mail, url), guard, "credentials.oauth.token_url"),
+        ):
+            with pytest.raises(InvalidField) as refused:
+                await check_credentials(given, {}, guard=allowed)
+            assert (refused.value.field, refused.value.code) == (field, "private_address")
+            assert "MAIL_PRIVATE_NETWORKS" in refused.value.detail
+        assert asked == []
+
+
+async def test_a_session_that_names_one_says_what_to_do_and_stays_away(tmp_path: Path) -> None:
+    """Credentials that were stored before, or by a gateway that was allowed to."""
+    reached: list[object] = []
+    server = await asyncio.start_server(lambda *both: reached.append(both), "127.0.0.1", 0)
+    states: list[SessionState] = []
+
+    class Told(MemorySink):
+        async def state(self, state: SessionState) -> None:
+            states.append(state)
+
+    where = {"host": "127.0.0.1", "port": server.sockets[0].getsockname()[1]}
+    context = replace(
+        CONTEXT,
+        folder=tmp_path,
+        credentials={"imap": where, "smtp": where, "username": OWN, "password": "x"},
+    )
+    kind = email_kind(Metrics(), replace(SHORT, backoff_first=0.05))
+    assert kind.factory is not None
+    channel = kind.factory(context, Told())
+    async with server:
+        await channel.connect()
+        try:
+            await until(lambda: any(s.reason == "private_address" for s in states))
+        finally:
+            await channel.disconnect()
+    said = next(s for s in states if s.reason == "private_address")
+    assert said.status == "disconnected"
+    assert "MAIL_PRIVATE_NETWORKS" in (said.action or "")
+    assert reached == []
 
 
 # --- what a send proves

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
 import pytest
 
 from gateway.media.guard import Guard, PrivateAddressError, is_public
@@ -36,3 +42,53 @@ def test_an_exception_is_for_one_address_and_port() -> None:
     for host, port in (("127.0.0.1", 443), ("127.0.0.2", 8443)):
         with pytest.raises(PrivateAddressError):
             guard.check(host, port)
+
+
+def test_the_operators_own_networks_may_be_allowed() -> None:
+    guard = Guard(networks=[ipaddress.ip_network("10.0.5.0/24"), ipaddress.ip_network("fd00::/64")])
+    for address in ("10.0.5.9", "fd00::9", "8.8.8.8"):
+        guard.check(address, 993)
+    for address in ("10.0.6.9", "127.0.0.1", "169.254.169.254", "fd00:1::9", "::ffff:10.0.5.9"):
+        with pytest.raises(PrivateAddressError):
+            guard.check(address, 993)
+
+
+@pytest.fixture
+async def port() -> AsyncIterator[int]:
+    """A server on 127.0.0.1 that says which address it was reached at."""
+
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"hello")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def test_a_name_of_our_own_network_is_not_connected_to(port: int) -> None:
+    for name in ("localhost", "127.0.0.1", "2130706433", "0177.0.0.1", "127.1"):
+        with pytest.raises(PrivateAddressError):
+            await Guard().connect(name, port)
+    sock = await Guard(networks=[ipaddress.ip_network("127.0.0.0/8")]).connect("localhost", port)
+    with sock:
+        assert await asyncio.get_running_loop().sock_recv(sock, 5) == b"hello"
+
+
+async def test_a_name_is_resolved_once_and_its_allowed_address_is_the_one_connected_to(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name server that answers with another address each time finds no second question."""
+    loop = asyncio.get_running_loop()
+    answers = [["10.0.0.1", "127.0.0.1"], ["10.0.0.1"]]
+
+    async def resolve(host: str, number: int, **_: Any) -> list[Any]:
+        assert host == "rebind.example"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, number)) for address in answers.pop(0)]
+
+    monkeypatch.setattr(loop, "getaddrinfo", resolve)
+    sock = await Guard(allow=[("127.0.0.1", port)]).connect("rebind.example", port)
+    with sock:
+        assert sock.getpeername() == ("127.0.0.1", port)
+    with pytest.raises(PrivateAddressError):
+        await Guard(allow=[("127.0.0.1", port)]).connect("rebind.example", port)
