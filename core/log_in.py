@@ -186,7 +186,8 @@ async def renew(conn: Conn, ring: KeyRing, session: SessionRow, found: LogIn) ->
 async def stored(conn: Conn, ring: KeyRing, session: SessionRow) -> Json:
     """What is kept for a session, to be replaced; nothing when it cannot be opened any more."""
     try:
-        return await credentials.get(conn, ring, tenant_id=session.tenant_id, session_id=session.id)
+        ids = {"tenant_id": int(session.tenant_id), "session_id": int(session.id)}
+        return await credentials.get(conn, ring, **ids, lock=True)
     except SecretError as error:
         log.warning("credentials.unreadable", session_id=session.id, error=error.code)
         return {}

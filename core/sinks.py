@@ -83,6 +83,16 @@ class Written:
 
 
 @runtime_checkable
+class CredentialSink(Protocol):
+    """For a channel whose service gives one secret in place of another (a refresh token that is used once)."""
+
+    async def credential_renewed(self, path: Sequence[str], old: str, new: str) -> bool:
+        """Durable when it returns. False: what is kept there is not `old` any more, because somebody entered other
+        credentials; they stay. Raises DatabaseUnavailable (say it again, twice does no harm), SecretError."""
+        ...
+
+
+@runtime_checkable
 class ConversationSink(Protocol):
     """For a channel whose messages name each other (a mail's References)."""
 

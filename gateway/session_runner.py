@@ -36,6 +36,7 @@ from core.history import Counts, Item
 from core.metrics import Metrics
 from core.sinks import Written
 from core.store.sessions import SessionRow
+from gateway.session_secrets import SessionSecrets
 from gateway.session_sinks import SessionStore
 
 log = logs.get(part="sessions")
@@ -87,7 +88,7 @@ class Runner:
         ingest: Ingesting,
         metrics: Metrics,
         manager: Reporting,
-        credentials: Callable[[], Awaitable[dict[str, Any]]],
+        secrets: SessionSecrets,
         starting: asyncio.Semaphore,
         timings: RunnerTimings,
         store: SessionStore,
@@ -114,7 +115,7 @@ class Runner:
         self._store = store
         self._metrics = metrics
         self._manager = manager
-        self._credentials = credentials
+        self._secrets = secrets
         self._starting = starting
         self._timings = timings
         self._clock = clock
@@ -216,7 +217,7 @@ class Runner:
             identifier=row.identifier,
             name=row.name,
             metadata=row.metadata,
-            credentials=await self._credentials(),
+            credentials=await self._secrets.read(),
             folder=self.folder,
         )
 
@@ -358,6 +359,9 @@ class Sink:
         return await runner._store.automatic_reply(
             runner.row.tenant_id, runner.session_id, recipient, text, purpose, at_most_every
         )
+
+    async def credential_renewed(self, path: Sequence[str], old: str, new: str) -> bool:
+        return await self._runner._secrets.renewed(path, old, new)
 
     async def cursors(self) -> Mapping[str, Cursor]:
         await self._runner.known.wait()

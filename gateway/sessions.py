@@ -32,13 +32,14 @@ from core.metrics import Metrics
 from core.ownership import Ownership
 from core.secrets import KeyRing
 from core.settings import Settings
-from core.store import audit, credentials
+from core.store import audit
 from core.store import sessions as store
 from core.store.leases import Bid
 from core.store.sessions import SessionRow
 from gateway import session_folders as folders
 from gateway.session_identity import Identity
 from gateway.session_runner import Ingesting, Runner, RunnerTimings
+from gateway.session_secrets import SessionSecrets
 from gateway.session_sinks import SessionStore
 from gateway.session_writer import StateWriter
 
@@ -301,10 +302,6 @@ class SessionManager:
         return runner
 
     def _runner(self, row: SessionRow, folder: Any) -> Runner:
-        async def secrets() -> dict[str, Any]:
-            async with self._db.worker() as conn:
-                return await credentials.get(conn, self._keys, tenant_id=row.tenant_id, session_id=row.id)
-
         return Runner(
             row,
             self._kinds[row.channel_type],
@@ -312,7 +309,7 @@ class SessionManager:
             ingest=self._ingest,
             metrics=self._metrics,
             manager=self,
-            credentials=secrets,
+            secrets=SessionSecrets(self._db, self._keys, row),
             starting=self._starting,
             timings=self._timings.runner,
             store=self._store,

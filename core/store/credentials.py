@@ -5,7 +5,7 @@ Never returns them to anything but the channel that logs in with them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -33,10 +33,17 @@ async def put(
     )
 
 
-async def get(conn: Conn, ring: KeyRing, *, tenant_id: int, session_id: int) -> dict[str, Any]:
-    """Empty when there are none. Raises SecretError."""
+_READ = "SELECT ciphertext FROM et_session_credentials WHERE session_id = $1 AND tenant_id = $2"
+_LOCKED = f"{_READ} FOR UPDATE"
+
+
+async def get(
+    conn: Conn, ring: KeyRing, *, tenant_id: int, session_id: int, lock: bool = False
+) -> dict[str, Any]:
+    """Empty when there are none. `lock`: to change them in this transaction, nobody else does meanwhile. Raises
+    SecretError."""
     sealed = await conn.fetchval(
-        "SELECT ciphertext FROM et_session_credentials WHERE session_id = $1 AND tenant_id = $2",
+        _LOCKED if lock else _READ,
         session_id,
         tenant_id,
     )
@@ -44,6 +51,25 @@ async def get(conn: Conn, ring: KeyRing, *, tenant_id: int, session_id: int) -> 
         return {}
     opened: dict[str, Any] = orjson.loads(ring.open(sealed, tenant_id=tenant_id, row_id=session_id))
     return opened
+
+
+async def exchange(
+    conn: Conn, ring: KeyRing, *, tenant_id: int, session_id: int, path: Sequence[str], old: str, new: str
+) -> bool:
+    """Put `new` where `old` stands, in the caller's transaction. False, and nothing changed, when something else stands
+    there: somebody has entered other credentials. Said twice it is no error. Raises SecretError."""
+    whole = await get(conn, ring, tenant_id=tenant_id, session_id=session_id, lock=True)
+    place: Any = whole
+    for name in path[:-1]:
+        place = place.get(name) if isinstance(place, dict) else None
+    present = place.get(path[-1]) if isinstance(place, dict) else None
+    if present == new:
+        return True
+    if present != old:
+        return False
+    place[path[-1]] = new
+    await put(conn, ring, tenant_id=tenant_id, session_id=session_id, credentials=whole)
+    return True
 
 
 async def delete(conn: Conn, *, tenant_id: int, session_id: int) -> None:

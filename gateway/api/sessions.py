@@ -364,7 +364,7 @@ async def change(call: Call[NoQuery, SessionChange]) -> SessionDetail:
             secrets = (
                 await log_in.stored(conn, call.services.keys, session)
                 if replaced is not None
-                else await credentials.get(conn, call.services.keys, **ids)
+                else await credentials.get(conn, call.services.keys, **ids, lock=True)
             )
             old_proxy = secrets.pop(log_in.PROXY, None)
             if replaced is not None:

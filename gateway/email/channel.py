@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from core import log
@@ -39,11 +40,12 @@ from core.errors import (
     ThrottledError,
 )
 from core.metrics import Metrics
-from core.sinks import ConversationSink, HistorySink
+from core.sinks import ConversationSink, CredentialSink, HistorySink
 from gateway.email import settings as reading
 from gateway.email.compose import Mail, compose
 from gateway.email.imap import ImapLost, ImapRefused
-from gateway.email.live import Live
+from gateway.email.live import Live, tls_context
+from gateway.email.oauth import Tokens
 from gateway.email.parser import MailParser, Unreadable
 from gateway.email.problems import Problem
 from gateway.email.raws import Raws
@@ -87,6 +89,7 @@ class EmailChannel:
         self._sending: dict[tuple[int, int], asyncio.Task[SentAs]] = {}
         self._history: asyncio.Task[bool] | None = None
         self._live: Live | None = None
+        self._tokens: Tokens | None = None
 
     # ---- life
 
@@ -115,6 +118,7 @@ class EmailChannel:
                     raws=self._raws,
                     timings=self._timings,
                     guard=self._guard,
+                    tokens=self._made_tokens(credentials),
                     tell=self.tell,
                 )
             except GatewayError as error:
@@ -143,8 +147,22 @@ class EmailChannel:
             if live is not None:
                 await self._let_sends_end()
                 await live.close()
+                if self._tokens is not None:
+                    await self._tokens.close()
                 self._parser.let_go()
             self._standing.stopped()
+
+    def _made_tokens(self, credentials: reading.Credentials) -> Tokens | None:
+        """Those of the first start: they know of a newer refresh token than the credentials this channel was made with."""
+        if self._tokens is None and credentials.oauth is not None:
+            sink = self._sink
+            keep = (
+                partial(sink.credential_renewed, ("oauth", "refresh_token"))
+                if isinstance(sink, CredentialSink)
+                else None
+            )
+            self._tokens = Tokens(credentials.oauth, tls_context(credentials.ca), self._guard, keep=keep)
+        return self._tokens
 
     async def logout(self) -> None:
         """Mail servers know no linked devices: stop. The credentials are forgotten by whoever called."""

@@ -60,6 +60,7 @@ class Live:
         raws: Raws,
         timings: Timings,
         guard: Guard,
+        tokens: Tokens | None,
         tell: Callable[[str, Problem | None], None],
     ) -> None:
         """`guard`: where its servers may be. `tell`: how a folder stands, None when it is well. Raises Invalid."""
@@ -71,8 +72,8 @@ class Live:
         self.own = credentials.own
         self._tls = tls_context(credentials.ca)
         self._guard = guard
-        self._tokens = Tokens(credentials.oauth, self._tls, guard) if credentials.oauth else None
-        self.smtp = Smtp(credentials, self._tls, self._timings, self._tokens, guard=guard)
+        self._tokens = tokens
+        self.smtp = Smtp(credentials, self._tls, self._timings, tokens, guard=guard)
         self.sent = Sent(
             self.open,
             self._timings,

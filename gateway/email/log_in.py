@@ -54,7 +54,7 @@ async def check_credentials(
         ) from None
     try:
         async with asyncio.timeout(SECONDS):
-            await _try(read, guard or Guard())
+            refresh_token = await _try(read, guard or Guard())
     except Problem as problem:
         raise _field_of(problem) from None
     except (ImapLost, ImapRefused) as error:
@@ -65,10 +65,11 @@ async def check_credentials(
         raise InvalidField(
             "credentials.imap.host", "the mail servers did not answer in time", code="connection_timeout"
         ) from None
-    return LogIn(own, _kept(read))
+    return LogIn(own, _kept(read, refresh_token))
 
 
-async def _try(credentials: Credentials, guard: Guard) -> None:
+async def _try(credentials: Credentials, guard: Guard) -> str | None:
+    """The refresh token that is good from now on, if that is how this mailbox is opened: trying it may have replaced it."""
     tls = tls_context(credentials.ca)
     tokens = Tokens(credentials.oauth, tls, guard) if credentials.oauth else None
     connection = await Imap.open(credentials, tls, _TIMINGS, tokens, guard=guard)
@@ -81,6 +82,7 @@ async def _try(credentials: Credentials, guard: Guard) -> None:
         await smtp.probe()
     finally:
         await smtp.close()
+    return tokens.refresh_token if tokens is not None else None
 
 
 def _field_of(problem: Problem) -> InvalidField:
@@ -94,14 +96,14 @@ def _field_of(problem: Problem) -> InvalidField:
     return InvalidField(path, reason, code=problem.code)
 
 
-def _kept(read: Credentials) -> Json:
+def _kept(read: Credentials, refresh_token: str | None) -> Json:
     """Everything that is needed later, with ports and security filled in."""
     kept: Json = read.model_dump(mode="json", exclude_none=True, exclude={"password", "oauth"})
     if read.password is not None:
         kept["password"] = read.password.get_secret_value()
     if read.oauth is not None:
         oauth: Json = read.oauth.model_dump(mode="json", exclude_none=True)
-        oauth["refresh_token"] = read.oauth.refresh_token.get_secret_value()
+        oauth["refresh_token"] = refresh_token or read.oauth.refresh_token.get_secret_value()
         if read.oauth.client_secret is not None:
             oauth["client_secret"] = read.oauth.client_secret.get_secret_value()
         kept["oauth"] = oauth

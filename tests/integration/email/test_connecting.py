@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from core.channel import SessionState
 from core.errors import InvalidField, NotSentError, RefusedError, ThrottledError, UnknownOutcomeError
@@ -32,6 +31,7 @@ from sandbox.mail import MailSandbox
 from sandbox.mail.certificate import make_certificate
 from tests.support.dovecot import PASSWORD, USER, Dovecot
 from tests.support.mail import CONTEXT, LOOPBACK, OWN
+from tests.support.tokens import token_server, with_oauth
 from tests.support.whatsapp_sink import MemorySink, until
 
 SHORT = Timings(connect=10, command=5, fetch=10, idle=5, data=5, keep=30)
@@ -98,36 +98,6 @@ async def test_smtp_demands_starttls(mail: MailSandbox) -> None:
 # --- tokens
 
 
-@asynccontextmanager
-async def token_server(
-    answers: list[tuple[int, dict[str, Any]]],
-) -> AsyncIterator[tuple[str, list[dict[str, str]]]]:
-    asked: list[dict[str, str]] = []
-
-    async def token(request: web.Request) -> web.Response:
-        asked.append({name: str(value) for name, value in (await request.post()).items()})
-        status, body = answers[min(len(asked), len(answers)) - 1]
-        return web.json_response(body, status=status)
-
-    app = web.Application()
-    app.router.add_post("/token", token)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    port = runner.addresses[0][1]
-    try:
-        yield f"http://127.0.0.1:{port}/token", asked
-    finally:
-        await runner.cleanup()
-
-
-def with_oauth(mail: MailSandbox, url: str) -> dict[str, Any]:
-    given = {name: value for name, value in mail.credentials.items() if name != "password"}
-    oauth = {"client_id": "app", "client_secret": "s3cret", "refresh_token": "refresh-1", "token_url": url}
-    return {**given, "oauth": oauth}
-
-
 async def test_a_mailbox_opens_with_a_token_that_is_renewed_when_it_is_refused(mail: MailSandbox) -> None:
     answers = [
         (200, {"access_token": "stale", "expires_in": 3600}),
@@ -135,35 +105,26 @@ async def test_a_mailbox_opens_with_a_token_that_is_renewed_when_it_is_refused(m
         (200, {"access_token": "newest", "expires_in": 3600}),
     ]
     mail.tokens = {"fresh"}
-    async with token_server(answers) as (url, asked):
-        given = with_oauth(mail, url)
+    async with token_server(answers) as server:
+        given = with_oauth(mail, server.url)
         credentials = read_credentials(given)
         assert credentials.oauth is not None
         tokens = Tokens(credentials.oauth, tls_context(credentials.ca), LOOPBACK)
         connection = await opened(given, tokens=tokens)
         assert (await connection.select("INBOX")).exists == 0
         await connection.close()
-        assert [one["refresh_token"] for one in asked] == ["refresh-1", "refresh-1"]
+        assert server.asked == ["refresh-1", "refresh-1"]
         smtp = sending(given, tokens=tokens)
         mei = mail.person("Mei")
         await smtp.send(mail.account.address, [mei.address], MAIL, "<x@y>")
         await smtp.close()
         assert len(mei.letters) == 1
-        assert len(asked) == 2, "the token at hand was good"
+        assert len(server.asked) == 2, "the token at hand was good"
         mail.tokens = {"newest"}
         smtp = sending(given, tokens=tokens)
         await smtp.probe()
         await smtp.close()
-        assert asked[-1]["refresh_token"] == "refresh-2"
-
-
-async def test_a_permission_taken_back_is_named(mail: MailSandbox) -> None:
-    async with token_server([(400, {"error": "invalid_grant"})]) as (url, _):
-        with pytest.raises(InvalidField) as refused:
-            await check_credentials(with_oauth(mail, url), {}, guard=LOOPBACK)
-    assert refused.value.field == "credentials.oauth.refresh_token"
-    assert "refresh-1" not in str(refused.value)
-    assert "s3cret" not in str(refused.value)
+        assert server.asked[-1] == "refresh-2"
 
 
 async def test_checked_credentials_come_back_complete(mail: MailSandbox) -> None:
@@ -181,17 +142,17 @@ async def test_a_server_in_our_own_network_is_refused_before_anything_is_connect
     mail: MailSandbox,
 ) -> None:
     guard = Guard(allow=[("127.0.0.1", mail.imap_port), ("::1", mail.imap_port)])  # for SMTP's turn
-    async with token_server([(200, {"access_token": "x"})]) as (url, asked):
+    async with token_server() as server:
         for given, allowed, field in (
             (mail.credentials, Guard(), "credentials.imap.host"),
             (mail.credentials, guard, "credentials.smtp.host"),
-            (with_oauth(mail, url), guard, "credentials.oauth.token_url"),
+            (with_oauth(mail, server.url), guard, "credentials.oauth.token_url"),
         ):
             with pytest.raises(InvalidField) as refused:
                 await check_credentials(given, {}, guard=allowed)
             assert (refused.value.field, refused.value.code) == (field, "private_address")
             assert "MAIL_PRIVATE_NETWORKS" in refused.value.detail
-        assert asked == []
+        assert server.asked == []
 
 
 async def test_a_session_that_names_one_says_what_to_do_and_stays_away(tmp_path: Path) -> None:
