@@ -1,4 +1,5 @@
-"""What `/health` and `/metrics` say of the database: sessions with their owners, the queue by status. Across tenants."""
+"""What `/health` and `/metrics` say of the database: sessions with their owners, the queue by status, what may be lost.
+Across tenants."""
 
 from __future__ import annotations
 
@@ -42,3 +43,27 @@ async def queue(conn: Conn, tenant_id: int | None) -> dict[str, int]:
     )
     assert row is not None
     return dict(row)
+
+
+async def possible_loss(
+    conn: Conn, tenant_id: int | None, session_id: int | None = None
+) -> dict[tuple[int, int], int]:
+    """By tenant and session: inbound messages of the last day that could not be read and that nobody has sent again yet."""
+    # A call that rings is a placeholder, too, until it ends.
+    rows = await conn.fetch(
+        """
+        SELECT tenant_id, channel_session_id, count(*) AS messages
+        FROM et_messages
+        WHERE placeholder
+          AND direction = 'inbound'
+          AND NOT is_history
+          AND created_at > now() - INTERVAL '1 day'
+          AND media_metadata->>'call' IS NULL
+          AND ($1::bigint IS NULL OR tenant_id = $1)
+          AND ($2::bigint IS NULL OR channel_session_id = $2)
+        GROUP BY tenant_id, channel_session_id
+        """,
+        tenant_id,
+        session_id,
+    )
+    return {(row["tenant_id"], row["channel_session_id"]): row["messages"] for row in rows}

@@ -37,6 +37,7 @@ class OwnedSession(View):
     wanted: str
     owner: str | None
     here: bool
+    possible_loss: int | None = Field(None, description="As `possible_loss` below, of this session.")
 
 
 class GatewayState(View):
@@ -70,6 +71,11 @@ class Health(View):
     workers: dict[str, bool] | None = None
     journal: JournalState | None = None
     queue: dict[str, int] | None = None
+    possible_loss: int | None = Field(
+        None,
+        description="Inbound messages of the last 24 hours that could not be read and whose sender's phone has not sent them"
+        " again yet; each is stored as an unreadable placeholder.",
+    )
 
 
 class Overview:
@@ -173,10 +179,12 @@ async def _details(
     seen = [row for row in view.rows if principal.platform or row["tenant_id"] == principal.tenant_id]
     queue: dict[str, int] | None = None
     gateways: list[GatewayState] | None = None
+    lost: dict[tuple[int, int], int] | None = None
     try:
         if view.reachable:
             async with services.db.worker() as conn:
                 queue = await overview.queue(conn, principal.tenant_id)
+                lost = await overview.possible_loss(conn, principal.tenant_id)
                 known = await leases.gateways(conn, alive_seconds=ALIVE_SECONDS)
             gateways = _gateways(services, known, principal, Counter(row["owner"] for row in seen))
     except Exception as error:
@@ -184,12 +192,18 @@ async def _details(
             raise
     return {
         "sessions": [
-            OwnedSession(**dict(row), here=row["session_id"] in owned) for row in seen[:SHOWN_SESSIONS]
+            OwnedSession(
+                **dict(row),
+                here=row["session_id"] in owned,
+                possible_loss=None if lost is None else lost.get((row["tenant_id"], row["session_id"]), 0),
+            )
+            for row in seen[:SHOWN_SESSIONS]
         ],
         "gateways": gateways,
         "workers": workers,
         "journal": JournalState(spool=services.spool.depth, writable=_durable(services)),
         "queue": queue,
+        "possible_loss": None if lost is None else sum(lost.values()),
     }
 
 

@@ -14,7 +14,7 @@ from core.channel import ChannelKind, LogIn, SessionId, SessionStatus
 from core.channel import NumberCheck as NumberChecker
 from core.errors import Invalid, InvalidField
 from core.identity import address_of, external_id
-from core.store import audit, credentials, leases
+from core.store import audit, credentials, leases, overview
 from core.store import crm as crm_store
 from core.store import sessions as store
 from core.store.sessions import SessionRow
@@ -79,7 +79,10 @@ class SessionDetail(Session):
     proxy: str | None = Field(description="Without its user and password.")
     settings: JsonObject
     owner: str | None = Field(description="The gateway that runs it.")
-    counters: dict[str, int]
+    counters: dict[str, int] = Field(
+        description="Threads, the queue by status, and `possible_loss`: inbound messages of the last 24 hours that could not"
+        " be read and that nobody has sent again yet."
+    )
     created_at: datetime
     updated_at: datetime
 
@@ -157,6 +160,7 @@ async def _detail(call: Call[Any, Any], session_id: int) -> SessionDetail:
         session = await store.get(conn, call.tenant_id, session_id)
         owner = await leases.holder(conn, session_id)
         counters = await crm_store.session_counters(conn, call.tenant_id, session_id)
+        lost = await overview.possible_loss(conn, call.tenant_id, session_id)
     metadata = session.metadata
     settings = metadata.get("settings")
     workspace = metadata.get("default_workspace_id")
@@ -169,7 +173,7 @@ async def _detail(call: Call[Any, Any], session_id: int) -> SessionDetail:
         proxy=metadata.get("proxy"),
         settings=settings if isinstance(settings, dict) else {},
         owner=owner,
-        counters=counters,
+        counters=counters | {"possible_loss": lost.get((int(call.tenant_id), session_id), 0)},
         created_at=session.created_at,
         updated_at=session.updated_at,
     )

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from core.channel import SessionId, TenantId
 from core.database import Database
 from core.settings import Settings
 from gateway.api import ensure_platform_key
 from tests.support.api import Api, Tenant
+from tests.support.inbound import Place, running
 from tests.support.outbound import fetch, give_lease, value
 
 FIVE = (
@@ -46,6 +48,41 @@ async def test_with_a_key_health_says_who_owns_what(api: Api, shop: Tenant) -> N
     platform = (await api.get("/health", await api.make_key(None))).json
     assert {one["tenant_id"] for one in platform["sessions"]} == {shop.id, other.id}
     assert (await api.get("/health", "wrong")).status == 401
+
+
+async def test_health_and_the_session_say_how_much_nobody_could_read(api: Api, shop: Tenant) -> None:
+    other = await api.tenant("other")
+    ours, theirs = (Place(api.db, TenantId(t.id), SessionId(t.session_id)) for t in (shop, other))
+    async with running(api.db) as ingest:
+        await ingest.submit(
+            [
+                *(ours.message(f"U{n}", placeholder=True) for n in range(3)),
+                ours.message("H", placeholder=True, is_history=True),
+                ours.message("C", placeholder=True, media_metadata={"call": "ringing"}),
+                ours.message("M"),
+                theirs.message("U", placeholder=True),
+            ]
+        )
+    await fetch(
+        api.db,
+        "UPDATE et_messages SET created_at = now() - INTERVAL '25 hours' WHERE channel_message_id = 'U0'",
+    )
+    platform = await api.make_key(None)
+    await give_lease(api.db, other.place, "gw-2")
+
+    async def shown(key: str) -> tuple[int, dict[int, int]]:
+        answer = (await api.get("/health", key)).json
+        return answer["possible_loss"], {one["tenant_id"]: one["possible_loss"] for one in answer["sessions"]}
+
+    assert await shown(shop.key) == (2, {shop.id: 2})
+    assert await shown(platform) == (3, {shop.id: 2, other.id: 1})
+    session = (await api.get(f"/sessions/{shop.id}/{shop.session_id}", shop.key)).json
+    assert session["counters"]["possible_loss"] == 2
+    assert (await api.get("/health")).json["possible_loss"] is None
+    # One that its sender's phone sends again is lost no more.
+    async with running(api.db) as ingest:
+        await ingest.submit([ours.message("U1")])
+    assert await shown(shop.key) == (1, {shop.id: 1})
 
 
 async def test_health_tells_which_gateways_live_and_how_much_each_holds(api: Api, shop: Tenant) -> None:
