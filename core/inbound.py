@@ -24,6 +24,7 @@ from core.database import Database, is_transient
 from core.decide.port import Decider
 from core.deciding import Burst, DeciderFailed, Deciding
 from core.metrics import Metrics
+from core.rush import Rush
 from core.store import inbound as store
 
 log = logs.get(part="inbound")
@@ -32,6 +33,8 @@ _T = TypeVar("_T")
 STOP_SECONDS = 5.0
 BACKOFF_FIRST = 0.2
 BACKOFF_MOST = 5.0
+GIVE_WAY_SECONDS = 1.0
+"""The longest that a rush of messages puts the next claim off, unless there is more than one claim's worth to decide."""
 STUCK_SECONDS = 120.0
 """Every statement has a time limit far below this, so a loop that has not turned for so long is stuck."""
 
@@ -41,7 +44,8 @@ class InboundWorker:
 
     A claim is good for `lease_seconds` on the database's clock and renewed while its burst is being decided, however
     slow the decider is; a worker that died loses it after that time, one that was frozen finds it gone and drops its
-    answer. `batch` bounds threads per claim, `concurrency` bursts at once.
+    answer. `batch` bounds threads per claim, `concurrency` bursts at once. While messages come in a `rush`, claims wait for
+    a moment: what one person writes meanwhile is decided together, once.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class InboundWorker:
         attempts: int = 3,
         backoff_seconds: float = 1.0,
         placeholder_seconds: float = 600.0,
+        rush: Rush | None = None,
     ) -> None:
         self._db = db
         # One name per start: an earlier life of the same gateway is somebody else, whose claims run out.
@@ -73,6 +78,7 @@ class InboundWorker:
         self._lease = timedelta(seconds=lease_seconds)
         self._attempts = attempts
         self._backoff = backoff_seconds
+        self._rush = rush
         self._placeholder_age = timedelta(seconds=placeholder_seconds)
         self._loops: list[asyncio.Task[None]] = []
         self._bursts: dict[asyncio.Task[None], Burst] = {}
@@ -150,24 +156,30 @@ class InboundWorker:
         """Claim while there is something and room for it; else wait to be woken, or for the poll."""
         subscription = self._db.hub.subscribe("et_inbound")
         self._wake = subscription.wake
+        behind = False
         try:
             while True:
                 self._turned["pump"] = time.monotonic()
-                room = self._concurrency - len(self._bursts)
-                if room > 0 and await self._take(min(room, self._batch)):
+                if not behind and self._rush is not None:
+                    await self._rush.over(within=GIVE_WAY_SECONDS)
+                room = min(self._concurrency - len(self._bursts), self._batch)
+                taken = await self._take(room) if room > 0 else 0
+                if room > 0:
+                    behind = taken >= room
+                if taken:
                     continue
                 # A burst that ends wakes us too: its thread may have more, and there is room again.
                 await subscription.wait(self._poll)
         finally:
             subscription.close()
 
-    async def _take(self, threads: int) -> bool:
-        """Claim and set to work; False when nothing waits."""
+    async def _take(self, threads: int) -> int:
+        """Claim and set to work; in how many threads something waited."""
         async with self._db.worker() as conn:
             rows = await store.claim(conn, self._claimant, threads=threads, lease=self._lease)
         faults.point("inbound.claimed")
         self._set_to_work(rows)
-        return bool(rows)
+        return len({row["thread_id"] for row in rows})
 
     async def _sweep(self) -> None:
         """Give back what dead workers hold, and give up on what nobody could read."""

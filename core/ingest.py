@@ -24,6 +24,7 @@ from core.leads import LeadCache, resolve
 from core.metrics import Metrics
 from core.prepare import Prepared, prepare
 from core.receipts import Receipts
+from core.rush import Rush
 from core.store.audit import Conn
 
 log = logs.get(part="ingest")
@@ -53,6 +54,8 @@ class Ingest:
             "ingest", self._write, lanes=flushers, size=batch_size, patience=patience
         )
         self._receipts = Receipts(db, patience=patience)
+        self.rush = Rush()
+        """How many come in at once: what can wait lets them pass."""
 
     # ---- life ----
 
@@ -128,6 +131,7 @@ class Ingest:
 
     async def _write(self, everything: Sequence[Work]) -> list[Stored | None]:
         """Store a batch, completely. Safe to repeat."""
+        self.rush.note(len(everything))
         outcomes: list[Stored | None] = [None] * len(everything)
         todo = list(range(len(everything)))
         for _ in range(ROUNDS):

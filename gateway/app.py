@@ -148,6 +148,7 @@ class Gateway:
             {"rules": RulesDecider()},
             owner=self.owner,
             poll_seconds=settings.inbound_poll_seconds,
+            rush=self.ingest.rush,
         )
         spool_dir = writable_directory(settings.spool_dir)
         journal = await asyncio.to_thread(Journal, spool_dir / "journal.db")

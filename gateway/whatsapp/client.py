@@ -38,7 +38,7 @@ from typing import Any, NoReturn
 
 import neonize.aioze.client as neonize_client
 import orjson
-from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+from google.protobuf.json_format import ParseDict, ParseError
 from google.protobuf.message import DecodeError
 from neonize._binder import ProxySettings, gocode
 from neonize.aioze.client import NewAClient
@@ -80,7 +80,11 @@ from gateway.whatsapp.protocol import (
     journal_path,
     store_path,
 )
+<<<<<<< HEAD
 from gateway.whatsapp.senders import Senders
+=======
+from gateway.whatsapp.protodict import as_dict
+>>>>>>> d7e9bf1 (wip3)
 
 THREADS = 32
 """Neonize keeps one for ever, a send that hangs keeps another; the default pool is too small on a small machine."""
@@ -378,11 +382,13 @@ class Child:
     def _on_log(self, binary: int, size: int) -> None:
         if not binary or size <= 0:
             return
+        _stay()
         entry = pb.LogEntry.FromString(ctypes.string_at(binary, size))
         self.holds.on_log(entry.Name, entry.Message)
         self.gate.on_log(entry.Name, entry.Message)
 
     def _on_event(self, _uuid: int, binary: int, size: int, code: int) -> None:
+        _stay()
         raw = ctypes.string_at(binary, size)
         kind = _JOURNALED.get(code)
         if kind is None:
@@ -409,7 +415,7 @@ class Child:
             return
         if kind == RECEIPT:
             key = " ".join(event.MessageIDs)[:200]
-            self._append(kind, key, orjson.dumps({"event": kind, "at": at, "data": MessageToDict(event)}))
+            self._append(kind, key, orjson.dumps({"event": kind, "at": at, "data": as_dict(event)}))
             return
         if kind == CALL:
             self._store_call(_CALL_PARTS[code], event, at)
@@ -417,7 +423,7 @@ class Child:
         if kind == GROUP_NOTICE:
             self._append(
                 kind, event.JID.User if code == EVENT_TO_INT[pb.GroupInfoEvent] else "",
-                orjson.dumps({"event": kind, "at": at, "data": MessageToDict(event)}),
+                orjson.dumps({"event": kind, "at": at, "data": as_dict(event)}),
             )  # fmt: skip
             return
         source = event.Info.MessageSource
@@ -432,7 +438,7 @@ class Child:
         try:
             if kind == MESSAGE and event.Raw == event.Message:
                 event.ClearField("Raw")  # the message before unwrapping: mostly the same again
-            entry = {"event": kind, "at": at, "data": MessageToDict(event)}
+            entry = {"event": kind, "at": at, "data": as_dict(event)}
             if kind == MESSAGE and _is_empty(event.Message):
                 entry["raw"] = b64encode(raw).decode()
             payload = orjson.dumps(entry)
@@ -440,7 +446,7 @@ class Child:
             data = {
                 "Info": {
                     "ID": event.Info.ID,
-                    "MessageSource": MessageToDict(source),
+                    "MessageSource": as_dict(source),
                     "Timestamp": event.Info.Timestamp,
                 }
             }
@@ -461,7 +467,7 @@ class Child:
             while len(self._video) > CALLS_KEPT:
                 del self._video[next(iter(self._video))]
         fields = {"event": CALL, "at": at, "part": part, "video": self._video.get(meta.callID)}
-        self._append(CALL, meta.callID, orjson.dumps({**fields, "data": MessageToDict(event)}))
+        self._append(CALL, meta.callID, orjson.dumps({**fields, "data": as_dict(event)}))
         self.holds.call_stored(part, meta.callID)
         if part == "offer":
             creator = _text(meta.callCreator) or _text(getattr(meta, "from"))
@@ -500,7 +506,7 @@ class Child:
     def _report(self, code: int, raw: bytes) -> None:
         name = _REPORTED[code]
         event = INT_TO_EVENT[code].FromString(raw)
-        fields = MessageToDict(event)
+        fields = as_dict(event)
         if name == "connected":
             self._connected = True
             self._spawn(self._tell_connected())
@@ -563,6 +569,17 @@ class Child:
             self._broken(error)
         self.gate.stored(suspect.message_id, [suspect.sender], confirmed_later=False)
         self.wire.say("lost", reason=suspect.reason)
+
+
+_here = threading.local()
+
+
+def _stay() -> None:
+    """Let Python keep what it knows of this thread of Go's. It would make it anew for each of the five calls a message
+    brings, with two mappings of memory each. Go keeps its threads, so it is no leak."""
+    if not hasattr(_here, "kept"):
+        _here.kept = True
+        ctypes.pythonapi.PyGILState_Ensure()
 
 
 async def _unused(*_: object) -> None:

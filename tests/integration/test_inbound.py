@@ -11,6 +11,7 @@ import structlog
 from core.database import Database
 from core.decide.port import Context, Decision, Usage
 from core.metrics import Metrics
+from core.rush import Rush
 from tests.support.deciding import Scripted, Thinking, eventually, open_shop, says, working
 
 
@@ -57,6 +58,18 @@ async def test_a_burst_is_answered_once_and_every_message_has_its_decision(datab
     assert reply["dedupe_key"] == f"reply:{ids[-1]}"
     [context] = decider.seen
     assert [m.content for m in context.messages] == ["hello", "are you there?", "what does it cost?"]
+
+
+async def test_what_one_person_writes_in_a_rush_of_messages_is_decided_once(database: Database) -> None:
+    shop = await open_shop(database)
+    decider, rush = says("one answer"), Rush()
+    rush.note(1000)
+    async with working(database, decider, rush=rush):
+        first = await shop.write("hello")
+        second = await shop.write("are you there?")
+        await shop.decided([*first, *second])
+    [context] = decider.seen
+    assert [m.content for m in context.messages] == ["hello", "are you there?"]
 
 
 async def test_what_comes_while_a_thread_is_decided_waits_for_it(database: Database) -> None:
