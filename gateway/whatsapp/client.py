@@ -80,11 +80,8 @@ from gateway.whatsapp.protocol import (
     journal_path,
     store_path,
 )
-<<<<<<< HEAD
-from gateway.whatsapp.senders import Senders
-=======
 from gateway.whatsapp.protodict import as_dict
->>>>>>> d7e9bf1 (wip3)
+from gateway.whatsapp.senders import Senders
 
 THREADS = 32
 """Neonize keeps one for ever, a send that hangs keeps another; the default pool is too small on a small machine."""
