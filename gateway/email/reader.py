@@ -17,7 +17,8 @@ from typing import Any
 from core import faults, log
 from core.channel import Cursor, InboundMessage
 from gateway.email.convert import Origin
-from gateway.email.imap import Folder, Imap, ImapLost, ImapRefused, Item, since
+from gateway.email.imap import Imap, ImapLost, ImapRefused
+from gateway.email.imap_words import Folder, Item, since
 from gateway.email.intake import Fetched, Intake
 from gateway.email.problems import Problem
 from gateway.email.timings import Timings

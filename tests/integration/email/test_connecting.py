@@ -17,7 +17,8 @@ import pytest
 from core.channel import SessionState
 from core.errors import InvalidField, NotSentError, RefusedError, ThrottledError, UnknownOutcomeError
 from core.metrics import Metrics
-from gateway.email.imap import Imap, ImapLost, decode_folder, encode_folder
+from gateway.email.imap import Imap, ImapLost
+from gateway.email.imap_words import decode_folder, encode_folder
 from gateway.email.kind import email_kind
 from gateway.email.live import tls_context
 from gateway.email.log_in import check_credentials
