@@ -239,7 +239,7 @@ class OutboundWorker:
                 transaction = conn.transaction()
                 await transaction.start()
                 try:
-                    await conn.execute(dispatching.BY_INDEX)
+                    await conn.execute(dispatching.ALONE)
                     rows = await claiming.claim(conn, self.owner, due, limit=limit, tenant_id=tenant_id)
                     faults.point("outbound.claim.before_commit")
                 except BaseException:

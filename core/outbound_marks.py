@@ -145,11 +145,13 @@ class Marker:
     async def _commit(self, batch: Sequence[Ended]) -> list[Record]:
         async with self._db.worker() as conn:
             async with conn.transaction():
-                await conn.execute(dispatching.BY_INDEX)
+                await conn.execute(dispatching.ALONE)
                 rows = await dispatching.mark(conn, [ended.verdict.mark for ended in batch])
-                for row in rows:
-                    if row["echo_id"] is not None:
-                        await echoes.merge(conn, message_id=row["message_id"], echo_id=row["echo_id"])
+                echoed = [row for row in rows if row["echo_id"] is not None]
+                if echoed:
+                    await conn.execute(dispatching.APART)
+                for row in echoed:
+                    await echoes.merge(conn, message_id=row["message_id"], echo_id=row["echo_id"])
                 await self._audit(conn, batch, rows)
                 faults.point("outbound.mark.before_commit")
             if any(ended.verdict.outcome == "sent" for ended in batch):

@@ -1,4 +1,7 @@
 -- Indexes. Those of the queue and of inbound work are partial: they hold what is waiting, not what ever was.
+-- When little waits the planner takes any of them for one page and may keep a plan that reads the whole of the wrong one
+-- after a campaign has come in. So each on a hot path has a condition of its own that only its own queries state
+-- (thread_id > 0 and the like): no other query can use it.
 
 -- One active thread per lead and session. Two first messages at the same instant meet here.
 CREATE UNIQUE INDEX IF NOT EXISTS et_threads_one_active
@@ -20,9 +23,9 @@ CREATE INDEX IF NOT EXISTS et_messages_by_thread ON et_messages (tenant_id, thre
 CREATE INDEX IF NOT EXISTS et_messages_by_lead ON et_messages (tenant_id, lead_id, occurred_at, id);
 -- Inbound work: waiting, and claimed.
 CREATE INDEX IF NOT EXISTS et_messages_received ON et_messages (id, thread_id)
-    WHERE direction = 'inbound' AND delivery_status = 'received' AND NOT is_history AND NOT placeholder;
+    WHERE direction = 'inbound' AND delivery_status = 'received' AND NOT is_history AND NOT placeholder AND id > 0;
 CREATE INDEX IF NOT EXISTS et_messages_received_by_thread ON et_messages (thread_id, id)
-    WHERE direction = 'inbound' AND delivery_status = 'received' AND NOT is_history AND NOT placeholder;
+    WHERE direction = 'inbound' AND delivery_status = 'received' AND NOT is_history AND NOT placeholder AND thread_id > 0;
 -- Could not be read and waits to be filled or given up.
 CREATE INDEX IF NOT EXISTS et_messages_placeholders ON et_messages (created_at)
     WHERE placeholder AND direction = 'inbound' AND delivery_status = 'received' AND NOT is_history;
@@ -40,7 +43,7 @@ CREATE INDEX IF NOT EXISTS et_outbound_queue_due ON et_outbound_queue (channel_s
     WHERE status = 'queued';
 -- What waits or is in flight in a thread, in its order of sending.
 CREATE INDEX IF NOT EXISTS et_outbound_queue_thread ON et_outbound_queue (thread_id, send_at, id)
-    WHERE status IN ('queued', 'dispatching');
+    WHERE status IN ('queued', 'dispatching') AND thread_id > 0;
 CREATE INDEX IF NOT EXISTS et_outbound_queue_dispatching ON et_outbound_queue (channel_session_id, claimed_at)
     WHERE status = 'dispatching';
 -- What an operator looks at.

@@ -2,6 +2,24 @@
 -- once per statement and only when rows were written: statement triggers also fire when DO NOTHING stored nothing.
 -- Transition tables allow one event per trigger, so INSERT and UPDATE have one each.
 
+-- A database that has just been born has no statistics, and autovacuum looks once a minute. Until then plans are made for
+-- empty tables and kept by every long connection, those of foreign keys too: each new message then reads all threads of
+-- its tenant, because any index that begins with the tenant seems as good as the right one. So whoever makes a young
+-- table four times as large analyzes it, in the own transaction, never waiting for a lock; everybody plans anew.
+CREATE OR REPLACE FUNCTION et_analyze_young() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF EXISTS (
+        SELECT FROM pg_class c
+        WHERE c.oid = 'public.et_messages'::regclass
+          AND pg_relation_size(c.oid) > 4 * 8192 * greatest(c.relpages, 1)::BIGINT
+    ) THEN
+        ANALYZE (SKIP_LOCKED) public.et_tenants, public.et_channel_sessions, public.et_leads, public.et_lead_identities,
+                              public.et_threads, public.et_messages, public.et_outbound_queue, public.et_events;
+    END IF;
+END
+$$;
+
 -- Everything that follows from stored messages, in one call a statement: it belongs after the insert, because BEFORE
 -- triggers also run for duplicates. Threads are locked in id order, against deadlocks between two bulk writers.
 -- The planner's switches as in 004_threads.sql: by index, whatever the size of the tables when the plan was made.
@@ -24,6 +42,10 @@ BEGIN
     WHERE t.id = seen.thread_id
       AND (seen.live OR t.history_only)
       AND (t.last_message_at < seen.latest OR (seen.live AND t.history_only));
+
+    IF (SELECT max(n.id) FROM new_rows n) < 50000 THEN
+        PERFORM public.et_analyze_young();
+    END IF;
 
     -- History wakes nobody and is not news.
     INSERT INTO public.et_events (tenant_id, kind, ref_id)

@@ -38,6 +38,7 @@ CREATE POLICY et_api_own ON et_session_moves TO et_api
     WITH CHECK (tenant_id = (SELECT nullif(current_setting('app.tenant_id', true), '')::BIGINT));
 GRANT SELECT ON et_session_moves TO et_api;
 
-CREATE INDEX IF NOT EXISTS et_outbound_queue_expiry ON et_outbound_queue (expires_at) WHERE status = 'queued';
+CREATE INDEX IF NOT EXISTS et_outbound_queue_expiry ON et_outbound_queue (expires_at)
+    WHERE status = 'queued' AND expires_at > '-infinity';
 CREATE INDEX IF NOT EXISTS et_outbound_queue_unknown ON et_outbound_queue (id) WHERE status = 'unknown';
 CREATE INDEX IF NOT EXISTS et_session_leases_by_owner ON et_session_leases (owner);

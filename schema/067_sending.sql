@@ -141,6 +141,13 @@ CREATE OR REPLACE TRIGGER et_messages_before_update
             OR OLD.delivery_status = 'dispatching' AND NEW.delivery_status IN ('sent', 'queued', 'failed', 'unknown')))
     EXECUTE FUNCTION et_message_before_update();
 
+-- Whether the statement that runs moves queue rows and messages together by itself and writes the events. Only the worker
+-- is believed: everybody else's writes are followed up by the two triggers below.
+CREATE OR REPLACE FUNCTION et_moves_together() RETURNS BOOLEAN
+LANGUAGE sql STABLE AS $$
+    SELECT pg_catalog.current_setting('gateway.together', true) = 'on' AND pg_catalog.current_setting('role', true) = 'et_worker'
+$$;
+
 -- After a statement that moved queue rows: their messages follow, and rows that came back wake the workers (moving
 -- next_attempt_at of a waiting one must not wake whoever moved it). One pass over what changed. Both transition tables
 -- hold the whole statement, so a nested loop over them would be quadratic, and a plan cached while a statement had one
@@ -151,6 +158,9 @@ SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_nestlo
 DECLARE
     moved RECORD;
 BEGIN
+    IF public.et_moves_together() THEN
+        RETURN NULL;
+    END IF;
     FOR moved IN
         SELECT n.status, array_agg(n.message_id ORDER BY n.message_id) AS ids
         FROM new_rows n
@@ -185,6 +195,9 @@ DECLARE
     moved RECORD;
     news BOOLEAN := false;
 BEGIN
+    IF public.et_moves_together() THEN
+        RETURN NULL;
+    END IF;
     FOR moved IN
         SELECT n.delivery_status AS status, n.direction,
                array_agg(n.id ORDER BY n.id) FILTER (WHERE o.delivery_status <> n.delivery_status) AS ids,
@@ -231,4 +244,4 @@ DROP FUNCTION IF EXISTS et_queue_moves_message();
 DROP FUNCTION IF EXISTS et_queue_updated();
 DROP FUNCTION IF EXISTS et_message_moves_queue();
 DROP FUNCTION IF EXISTS et_message_updated();
-REVOKE ALL ON FUNCTION et_queue_after_update(), et_message_after_update() FROM PUBLIC, et_worker, et_api, et_backend;
+REVOKE ALL ON FUNCTION et_queue_after_update(), et_message_after_update(), et_moves_together() FROM PUBLIC, et_worker, et_api, et_backend;

@@ -107,17 +107,20 @@ WITH RECURSIVE mine AS MATERIALIZED (
             ) r
             WHERE r.send_at <= now()
               AND r.thread_id NOT IN (SELECT busy.thread_id FROM busy)
-              AND NOT EXISTS (
-                  SELECT
+              -- A LIMIT, not EXISTS: that may be planned as one pass over all that waits, for every row.
+              AND (
+                  SELECT true
                   FROM et_outbound_queue b
                   WHERE b.thread_id = r.thread_id
-                    AND b.status = 'queued'
+                    AND b.status IN ('queued', 'dispatching') AND b.thread_id > 0
                     AND (b.send_at, b.id) < (r.send_at, r.id)
                     AND b.expires_at > now()
                     AND b.lane >= mine.floor
+                    AND (b.status = 'queued') IS TRUE
                     AND (b.next_attempt_at <= now() OR b.retry_count > 0
                         OR (b.claim_epoch > 0 AND b.next_attempt_at <= now() + INTERVAL '1 minute'))
-              )
+                  LIMIT 1
+              ) IS NULL
             ORDER BY r.next_attempt_at, r.id
             LIMIT mine.quota
         ) c
@@ -147,7 +150,7 @@ WITH RECURSIVE mine AS MATERIALIZED (
         SELECT coalesce(q.dedupe_key LIKE 'reply:%', false)
             OR coalesce(m.raw_payload->>'origin', '') = ANY ({automatic}) AS automatic
     ) a
-    WHERE q.status = 'queued'
+    WHERE (q.status = 'queued') IS TRUE  -- by its key
     FOR UPDATE OF q SKIP LOCKED
 ), moved AS (
     UPDATE et_outbound_queue q
@@ -167,8 +170,18 @@ WITH RECURSIVE mine AS MATERIALIZED (
     FROM locked k
     WHERE q.id = k.id
     RETURNING q.id, q.tenant_id, q.channel_session_id, q.message_id, q.thread_id, q.channel, q.recipient, q.lane,
-              q.claim_epoch, q.retry_count, q.next_attempt_at, q.priority, k.stop, k.automatic, k.untried,
+              q.status, q.claim_epoch, q.retry_count, q.next_attempt_at, q.priority, k.stop, k.automatic, k.untried,
               k.lead_id, k.message_type, k.content, k.media_url, k.payload, k.reply_to_message_id
+), followed AS (
+    UPDATE et_messages m
+    SET delivery_status = v.status, updated_at = now()
+    FROM moved v
+    WHERE m.id = v.message_id
+      AND m.delivery_status = 'queued'
+), told AS (
+    INSERT INTO et_events (tenant_id, kind, ref_id)
+    SELECT v.tenant_id, 'status', v.message_id
+    FROM moved v
 ), counted AS (
     INSERT INTO et_sending_days AS d (tenant_id, channel_session_id, day, strangers)
     SELECT v.tenant_id, v.channel_session_id, mine.day, count(*)
@@ -179,6 +192,7 @@ WITH RECURSIVE mine AS MATERIALIZED (
     ON CONFLICT (channel_session_id, day) DO UPDATE SET strangers = d.strangers + excluded.strangers
 )
 SELECT v.*,
+       (SELECT pg_notify('et_events', '') FROM moved LIMIT 1) IS NULL AS hint,
        CASE WHEN v.recipient IS NULL AND v.stop IS NULL THEN (
            SELECT coalesce(i.chat_identifier, i.sender_identifier)
            FROM et_messages i
@@ -197,8 +211,7 @@ SELECT v.*,
            ORDER BY n.created_at DESC, length(split_part(n.external_id, ':', 1))
            LIMIT 1
        ) END AS identity,
-       -- Whoever was no stranger when the row was put in is none now. A LIMIT, not EXISTS: that may be planned as one
-       -- pass over all there is.
+       -- Whoever was no stranger when the row was put in is none now.
        v.lane = 0 AND (
            SELECT true
            FROM et_messages i

@@ -245,7 +245,7 @@ async def opt_out(conn: Conn, held: Held) -> list[int]:
         WHERE status = 'queued' AND id IN (
             SELECT q.id
             FROM et_threads h
-            JOIN et_outbound_queue q ON q.thread_id = h.id AND q.status = 'queued'
+            JOIN et_outbound_queue q ON q.thread_id = h.id AND q.thread_id > 0 AND q.status = 'queued'
             JOIN et_messages m ON m.id = q.message_id
             WHERE h.tenant_id = $1
               AND h.lead_id = $2

@@ -19,9 +19,22 @@ PEOPLE = ("person", "operator", "console", "human", "phone")
 AUTOMATIC = ("agent", "auto", "worker", "rules", "llm", "inbound_worker")
 """`raw_payload.origin` of an agent's own replies; their `dedupe_key` begins with `reply:` as well."""
 
-BY_INDEX = "SET LOCAL enable_seqscan = off"
-"""First in a transaction that claims or marks: a plan that a long-lived connection made while the queue was empty would
-otherwise go on reading the whole table after a campaign of a hundred thousand rows has come in."""
+ALONE = """
+SET LOCAL enable_seqscan = off;
+SET LOCAL enable_hashjoin = off;
+SET LOCAL enable_mergejoin = off;
+SET LOCAL plan_cache_mode = force_generic_plan;
+SET LOCAL gateway.together = 'on'
+"""
+"""First in a transaction that claims or marks.
+
+By index, row by row and with one plan: one that a long-lived connection made while the queue was empty would otherwise
+go on reading whole tables after a campaign of a hundred thousand rows has come in, and planning takes longer than a
+small claim. `gateway.together`: the statement itself moves queue row and message and writes the events, so that the triggers
+which see to that for every other writer return at once."""
+
+APART = "SET LOCAL gateway.together = 'off'"
+"""Before any other statement of such a transaction that writes messages or queue rows."""
 
 
 EXPIRED = """
@@ -48,7 +61,7 @@ class Mark:
     sent_at: datetime | None = None
 
 
-# Queue row and message move in one statement; the triggers then find nothing left to do.
+# Queue row, message and event in one statement (see ALONE).
 # A receipt may have moved the message further than `sent` already.
 # `unknown` → `sent` or `failed`: the call came back after all.
 # The channel's id is written only where no other row has it: an own echo that was stored first is merged by the caller.
@@ -58,7 +71,7 @@ WITH o AS MATERIALIZED (
     FROM unnest($1::BIGINT[], $2::BIGINT[], $3::TEXT[], $4::TEXT[], $5::TEXT[], $6::FLOAT8[], $7::BOOLEAN[],
                 $8::TEXT[], $9::TIMESTAMPTZ[])
         AS o (id, epoch, status, error_code, last_error, retry_in, counts, channel_message_id, sent_at)
-), q AS (
+), q AS MATERIALIZED (
     UPDATE et_outbound_queue q
     SET status = o.status,
         error_code = o.error_code,
@@ -72,38 +85,45 @@ WITH o AS MATERIALIZED (
     FROM o
     WHERE q.id = o.id
       AND q.claim_epoch = o.epoch
-      AND (q.status = 'dispatching' OR (q.status = 'unknown' AND o.status IN ('sent', 'failed')))
+      AND (q.status = 'dispatching' OR (q.status = 'unknown' AND o.status IN ('sent', 'failed'))) IS TRUE
     RETURNING q.id, q.tenant_id, q.message_id, q.channel_session_id, q.channel, q.retry_count,
               o.status, o.channel_message_id, o.sent_at
-), taken AS MATERIALIZED (
-    SELECT q.id, e.id AS echo_id
+), seen AS MATERIALIZED (
+    SELECT q.*, e.id AS echo_id,
+           CASE WHEN m.delivery_status IN ('dispatching', 'unknown') THEN q.status ELSE m.delivery_status END AS becomes,
+           m.delivery_status AS was
     FROM q
     JOIN et_messages m ON m.id = q.message_id
-    CROSS JOIN LATERAL (
+    LEFT JOIN LATERAL (
         SELECT o.id
         FROM et_messages o
         WHERE o.tenant_id = m.tenant_id
           AND o.channel_session_id = m.channel_session_id
           AND o.lead_id = m.lead_id
           AND o.channel_message_id = q.channel_message_id
+          AND o.id <> m.id
         OFFSET 0  -- one probe of the unique key, not a walk over everything this person was ever sent
-    ) e
-    WHERE e.id <> m.id
-), m AS (
+    ) e ON true
+), moved AS (
     UPDATE et_messages m
-    SET delivery_status = CASE WHEN m.delivery_status IN ('dispatching', 'unknown') THEN q.status
-                               ELSE m.delivery_status END,
-        channel_message_id = CASE WHEN q.id IN (SELECT taken.id FROM taken) THEN m.channel_message_id
-                                  ELSE coalesce(q.channel_message_id, m.channel_message_id) END,
-        channel_timestamp = coalesce((extract(epoch FROM q.sent_at) * 1000)::BIGINT, m.channel_timestamp),
+    SET delivery_status = seen.becomes,
+        channel_message_id = CASE WHEN seen.echo_id IS NULL
+                                  THEN coalesce(seen.channel_message_id, m.channel_message_id)
+                                  ELSE m.channel_message_id END,
+        channel_timestamp = coalesce((extract(epoch FROM seen.sent_at) * 1000)::BIGINT, m.channel_timestamp),
         updated_at = now()
-    FROM q
-    WHERE m.id = q.message_id
-    RETURNING m.id
+    FROM seen
+    WHERE m.id = seen.message_id
+), told AS (
+    INSERT INTO et_events (tenant_id, kind, ref_id)
+    SELECT seen.tenant_id, 'status', seen.message_id
+    FROM seen
+    WHERE seen.becomes <> seen.was
 )
-SELECT q.*, taken.echo_id
-FROM q
-LEFT JOIN taken ON taken.id = q.id
+SELECT seen.*,
+       (SELECT pg_notify('et_events', '') FROM q LIMIT 1) IS NULL AS hint,
+       (SELECT pg_notify('et_outbound', '') FROM q WHERE q.status = 'queued' LIMIT 1) IS NULL AS again
+FROM seen
 """
 
 
@@ -215,6 +235,7 @@ FROM (
     FROM et_outbound_queue x
     WHERE x.status = 'queued'
       AND x.expires_at <= now()
+      AND x.expires_at > '-infinity'
     ORDER BY x.expires_at
     LIMIT $1
     FOR UPDATE SKIP LOCKED

@@ -32,7 +32,7 @@ async def hand_to_person(conn: Conn, thread_ids: Sequence[int]) -> list[int]:
             SELECT q.id
             FROM et_outbound_queue q
             JOIN et_messages m ON m.id = q.message_id
-            WHERE q.thread_id = ANY ($1::bigint[]) AND q.status = 'queued'
+            WHERE q.thread_id = ANY ($1::bigint[]) AND q.thread_id > 0 AND q.status = 'queued'
               AND (q.dedupe_key LIKE 'reply:%' OR m.raw_payload ->> 'origin' = ANY ($2::text[]))
             ORDER BY q.id
             FOR NO KEY UPDATE OF q

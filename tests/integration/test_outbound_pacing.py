@@ -142,7 +142,7 @@ async def test_a_reply_does_not_wait_behind_a_hundred_thousand_rows(
     async with database.worker() as conn:
         transaction = conn.transaction()
         await transaction.start()
-        await conn.execute(dispatching.BY_INDEX)
+        await conn.execute(dispatching.ALONE)
         plan = await conn.fetchval(
             "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + claiming._CLAIM,
             big.owner, [due.session_id], [20], [0], [1_000_000], [None], 20, None,
