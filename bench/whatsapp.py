@@ -20,19 +20,17 @@ import asyncio
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from bench import common
 from bench.common import Figure, figure, percentiles
+from bench.watching import watching
+from bench.whatsapp_in import Inward
 from bench.whatsapp_out import Outward
 from sandbox.whatsapp.phone import Phone
 from tests.support.stack import Stack
@@ -41,8 +39,7 @@ from tests.support.whatsapp_real import RealClient
 OTHER_NUMBER, BARE_NUMBER = "+60123456700", "+60123456701"
 KILL_EVERY = 5.0
 SETTLE_SECONDS = 60.0
-BURST = 300
-BURST_SENDERS = 20
+BARE = Path(__file__).with_name("bare.py")
 
 
 def arrivals(count: int, seconds: float, rng: random.Random) -> list[float]:
@@ -59,44 +56,6 @@ def inversions(order: Sequence[tuple[int, str]], written: dict[str, float]) -> i
         count += at < latest.get(thread, 0.0)
         latest[thread] = max(at, latest.get(thread, 0.0))
     return count
-
-
-@dataclass(slots=True)
-class Watcher:
-    """The process that sees commits."""
-
-    process: asyncio.subprocess.Process
-
-    async def seen(self) -> dict[str, float]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(b"\n")
-        async with asyncio.timeout(20):
-            found: dict[str, float] = orjson.loads(await self.process.stdout.readline())
-            await self.process.wait()
-        return found
-
-
-@asynccontextmanager
-async def watching(url: str) -> AsyncIterator[Watcher]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "bench.watch",
-        url,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        limit=1 << 26,
-    )
-    try:
-        assert process.stdout is not None
-        async with asyncio.timeout(20):
-            await process.stdout.readline()
-        yield Watcher(process)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 class Bench:
@@ -305,57 +264,19 @@ class Bench:
         """A burst into and out of the gateway, and the same through the library alone, in turns."""
         bare = await self._bare()
         try:
-            inward: dict[str, list[float]] = {"gateway": [], "library": []}
-            for turn in range(3):
-                inward["gateway"].append(await self._burst_gateway(turn))
-                inward["library"].append(await self._burst_bare(bare, turn))
-            burst = f"a burst of {BURST} from {BURST_SENDERS} senders"
-            found = [
-                figure(f"{burst}, in: gateway, to commit", common.rate(inward["gateway"])),
-                figure(f"{burst}, in: bare library, to handler", common.rate(inward["library"])),
-                figure(
-                    "in: gateway ÷ bare library", common.ratio(inward["gateway"], inward["library"]), "0.9"
-                ),
-            ]
-            return found + await Outward(self.stack, bare, self.options.outbound).figures()
+            inward = await Inward(self.stack, bare, self.bare_shop).figures()
+            return inward + await Outward(self.stack, bare, self.options.outbound).figures()
         finally:
             await bare.kill()
 
     async def _bare(self) -> RealClient:
         self.bare_shop = self.stack.sandbox.phone(BARE_NUMBER, "Bare")
-        bare = await RealClient.start(self.stack.sandbox)
+        bare = await RealClient.start(self.stack.sandbox, script=BARE)
         await bare.do("connect", db=str(self.stack.folder / "bare.db"))
         device = await self.bare_shop.scan((await bare.wait("qr"))["qr"])
         await bare.wait("ConnectedEv")
         await self.stack.sandbox.wait_online(device)
         return bare
-
-    async def _burst(self, shop: Phone) -> list[str]:
-        write = self._people(BURST_SENDERS, shop)
-        return list(await asyncio.gather(*(write(n, n % BURST_SENDERS) for n in range(BURST))))
-
-    async def _burst_gateway(self, turn: int) -> float:
-        async with watching(self.stack.database_url) as watcher:
-            ids = await self._burst(self.stack.shop)
-            await self._all_stored(ids)
-            seen = await watcher.seen()
-        return len(ids) / (max(seen[i] for i in ids) - min(self._written(ids).values()))
-
-    async def _burst_bare(self, bare: RealClient, turn: int) -> float:
-        before = len(bare.events)
-        ids = set(await self._burst(self.bare_shop))
-        async with asyncio.timeout(SETTLE_SECONDS):
-            while True:
-                got = {
-                    e["id"]: e["t"]
-                    for e in bare.events.items[before:]
-                    if e["ev"] == "MessageEv" and e["id"] in ids
-                }
-                if len(got) == len(ids):
-                    break
-                await asyncio.sleep(0.05)
-        first = min(self.stack.sandbox.written(i)[0].at for i in ids)
-        return float(len(ids) / (max(got.values()) - first))
 
     # ---- trouble ----
 

@@ -7,35 +7,18 @@ before the messages are handed over (COMMIT, the first command) to the last arri
 from __future__ import annotations
 
 import asyncio
-import os
-import statistics
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
 
-from bench import common
+from bench import common, sides
 from bench.common import Figure, figure
+from bench.sides import Processes, Side
 from tests.support.stack import Stack
 from tests.support.whatsapp_real import RealClient
 
 TURNS = 5
 PEOPLE = 30
 SETTLE_SECONDS = 60.0
-
-
-@dataclass(slots=True)
-class Side:
-    """What one of the two did: messages a second, and milliseconds of processor time a message by process."""
-
-    rates: list[float] = field(default_factory=list)
-    costs: dict[str, list[float]] = field(default_factory=dict)
-
-    def cost(self) -> str:
-        medians = {name: statistics.median(values) for name, values in self.costs.items()}
-        return (
-            f"{sum(medians.values()):.1f} ms (" + ", ".join(f"{n} {v:.1f}" for n, v in medians.items()) + ")"
-        )
 
 
 class Outward:
@@ -58,8 +41,8 @@ class Outward:
     async def turns(self, turns: int = TURNS) -> tuple[Side, Side]:
         ours, theirs = Side(), Side()
         for _ in range(turns):
-            await self._turn(ours, self._pids_of_gateway(), await self._rows("Your order {} is ready."))
-            await self._turn(theirs, self._pids_of_library(), self._library)
+            await self._turn(ours, sides.of_gateway(self.stack), await self._rows("Your order {} is ready."))
+            await self._turn(theirs, sides.of_library(self.bare), self._library)
         return ours, theirs
 
     async def figures(self, turns: int = TURNS) -> list[Figure]:
@@ -76,19 +59,15 @@ class Outward:
 
     # ---- one burst ----
 
-    async def _turn(
-        self, side: Side, pids: dict[str, list[int]], burst: Callable[[], Awaitable[object]]
-    ) -> None:
-        before = {name: common.cpu_seconds(found) for name, found in pids.items()}
+    async def _turn(self, side: Side, processes: Processes, burst: Callable[[], Awaitable[object]]) -> None:
+        before = sides.times(processes)
         first = len(self.stack.sandbox.calls)
         start = time.monotonic()
         await burst()
         last = await self._arrived(first, self.count)
         side.rates.append(self.count / (last - start))
         await asyncio.sleep(0.5)  # receipts and marks belong to the cost
-        for name, found in pids.items():
-            spent = common.cpu_seconds(found) - before[name]
-            side.costs.setdefault(name, []).append(spent / self.count * 1000)
+        side.spent(before, sides.times(processes), self.count)
 
     async def _library(self) -> None:
         sends = [
@@ -123,26 +102,3 @@ class Outward:
         found = calls.items[first:]
         assert len({call.id for call in found}) == count, "a message came twice"
         return found[count - 1].monotonic
-
-    # ---- whose time it is ----
-
-    def _pids_of_gateway(self) -> dict[str, list[int]]:
-        assert self.stack.gateway.process is not None
-        gateway = self.stack.gateway.process.pid
-        return {
-            "gateway": [gateway],
-            "child": list(common.whatsapp_children(gateway).values()),
-            "database": self._database(),
-            "sandbox": [os.getpid()],
-        }
-
-    def _pids_of_library(self) -> dict[str, list[int]]:
-        return {"library": [self.bare.process.pid], "sandbox": [os.getpid()]}
-
-    def _database(self) -> list[int]:
-        """The embedded server and its processes as they are now; none when the database is another one."""
-        with suppress(OSError, ValueError):
-            pid_file = next((self.stack.folder / "data/postgres").rglob("postmaster.pid"))
-            first = int(pid_file.read_text().split()[0])
-            return [first, *common.children(first)]
-        return []

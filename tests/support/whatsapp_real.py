@@ -12,7 +12,7 @@ from typing import Any, Self
 from sandbox.whatsapp.ledger import Ledger
 from sandbox.whatsapp.sandbox import WhatsAppSandbox
 
-_SCRIPT = str(Path(__file__).with_name("whatsapp_child.py"))
+_SCRIPT = Path(__file__).with_name("whatsapp_child.py")
 Json = dict[str, Any]
 
 
@@ -32,9 +32,10 @@ class RealClient:
         self._reading: asyncio.Task[None]
 
     @classmethod
-    async def start(cls, wa: WhatsAppSandbox, **env: str) -> Self:
+    async def start(cls, wa: WhatsAppSandbox, *, script: Path = _SCRIPT, **env: str) -> Self:
+        """`script`: another one that speaks these lines."""
         client = cls(wa)
-        argv, environment = wa.child_command(_SCRIPT)
+        argv, environment = wa.child_command(str(script))
         client.process = await asyncio.create_subprocess_exec(
             *argv,
             stdin=asyncio.subprocess.PIPE,
