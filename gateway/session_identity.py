@@ -16,8 +16,9 @@ from core.database import Database, is_transient
 from core.errors import Invalid, NotFound
 from core.identity import external_id
 from core.secrets import KeyRing
+from core.store import session_moves
 from core.store import sessions as store
-from core.store.sessions import Identified
+from core.store.session_moves import Identified
 from gateway.session_runner import Runner
 from gateway.session_writer import StateWriter
 
@@ -74,7 +75,7 @@ class Identity:
         if not here:
             return
         async with self._db.worker() as conn:
-            moves = await store.moves(conn, here)
+            moves = await session_moves.moves(conn, here)
         for old_id, new_id in moves.items():
             log.warning("session.move_finished", session_id=new_id, action=f"folder of {old_id}")
             await self._manager.move_folder(SessionId(old_id), SessionId(new_id))
@@ -103,7 +104,7 @@ class Identity:
         while not runner.dismissed:
             try:
                 async with self._db.worker() as conn, conn.transaction():
-                    return await store.identify(conn, runner.session_id, identifier)
+                    return await session_moves.identify(conn, runner.session_id, identifier)
             except NotFound:
                 return None
             except Exception as error:
@@ -143,10 +144,10 @@ class Identity:
         while True:
             try:
                 async with self._db.worker() as conn, conn.transaction():
-                    found = await store.identify(conn, old_id, identifier)
+                    found = await session_moves.identify(conn, old_id, identifier)
                     if found.outcome == "known":
                         asked = self._clock()
-                        epoch = await store.adopt(
+                        epoch = await session_moves.adopt(
                             conn,
                             self._keys,
                             old_id,

@@ -18,6 +18,7 @@ from core.channel import SessionStatus
 from core.database import Subscription, is_unavailable
 from core.errors import Invalid, NotFound
 from core.identity import phone_e164
+from core.store import session_moves
 from core.store import sessions as store
 from core.store.sessions import SessionRow
 from gateway.api.feed import FEED
@@ -80,7 +81,7 @@ class Watch:
     async def survivor(self) -> int | None:
         call = self._call
         async with call.db.worker() as conn:
-            return await store.survivor(conn, call.tenant_id, self.session_id)
+            return await session_moves.survivor(conn, call.tenant_id, self.session_id)
 
     async def want(self, method: Literal["qr", "code"], phone: str | None = None) -> None:
         call = self._call

@@ -14,7 +14,7 @@ from core import log as logs
 from core.channel import SessionStatus
 from core.errors import Invalid, NotFound
 from core.identity import phone_e164
-from core.store import audit, leases, requests
+from core.store import audit, leases, requests, session_moves
 from core.store import sessions as store
 from core.store.sessions import SessionRow
 from gateway.console import kinds, qr, words
@@ -78,7 +78,7 @@ async def _load_one(page: Page) -> dict[str, Any]:
     except NotFound:
         # Its number had an entry already: that one goes on with the new link.
         async with page.db.tenant(page.tenant_id) as conn:
-            survivor = await store.survivor(conn, page.tenant_id, page.id("session"))
+            survivor = await session_moves.survivor(conn, page.tenant_id, page.id("session"))
             if survivor is None:
                 raise
             session = await store.get(conn, page.tenant_id, survivor)

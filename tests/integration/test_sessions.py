@@ -24,7 +24,7 @@ from core.dispatch import NotReady
 from core.errors import Conflict, NotFound
 from core.metrics import Metrics
 from core.outbound import OutboundWorker
-from core.store import credentials
+from core.store import credentials, session_moves
 from core.store import sessions as store
 from tests.support.fake_channel import FakePlatform
 from tests.support.outbound import QUICK as QUICK_SENDS
@@ -345,7 +345,7 @@ async def test_a_number_this_tenant_had_before_goes_on_under_its_old_row(
         with pytest.raises(NotFound):
             await read(database, pending)
         async with database.worker() as conn:
-            assert await store.survivor(conn, tenant, pending.id) == old.id
+            assert await session_moves.survivor(conn, tenant, pending.id) == old.id
         assert sessions.owned() == {old.id}
         assert platform.channels[old.id].context.folder.name == str(old.id)
         assert not (tmp_path / "whatsapp" / str(pending.id)).exists()

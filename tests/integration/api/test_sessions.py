@@ -15,6 +15,7 @@ import aiohttp
 from core.channel import SessionState, SessionStatus
 from core.database import Database
 from core.errors import ThrottledError
+from core.store import session_moves
 from core.store import sessions as store
 from tests.support.api import Api, Tenant, running_api
 from tests.support.outbound import eventually, fetch, value
@@ -186,8 +187,8 @@ async def test_a_pairing_that_takes_up_an_older_session_says_which(api: Api, sho
         await anext(events)
         async with api.db.worker() as conn, conn.transaction():
             older = await store.create(conn, shop.id, "whatsapp", identifier=number)
-            assert (await store.identify(conn, session_id, number)).outcome == "known"
-            await store.adopt(conn, api.services.keys, session_id, older.id, "gw-1", ttl=30)
+            assert (await session_moves.identify(conn, session_id, number)).outcome == "known"
+            await session_moves.adopt(conn, api.services.keys, session_id, older.id, "gw-1", ttl=30)
         assert await anext(events) == ("paired", {"session_id": older.id})
 
 
