@@ -170,6 +170,8 @@ class Child:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._connected = False
+        self._untold = False
+        """Receipts were journaled since the parent was last told."""
 
     # ---- starting and ending ----
 
@@ -474,7 +476,10 @@ class Child:
         faults.point("whatsapp.journal.before")
         number = self.journal.append(kind, key, payload)
         faults.point("whatsapp.journal.after")
-        self.wire.say("journaled", n=number)
+        if kind == RECEIPT:
+            self._untold = True  # nobody waits for one, and those of a moment are stored together
+        else:
+            self.wire.say("journaled", n=number)
 
     def _broken(self, error: BaseException) -> NoReturn:
         """Nothing is durable any more: nothing is acknowledged, the link goes, the parent is told. Never returns to Go."""
@@ -549,6 +554,9 @@ class Child:
         """Once every fraction of a second: what must be healed, what is lost, whether the log still reads as it did."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
+            if self._untold:
+                self._untold = False
+                self.wire.say("journaled")
             found = self.gate.look()
             if found.unconfirmed:
                 self.wire.say("gate_alarm", count=found.unconfirmed)

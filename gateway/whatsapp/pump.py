@@ -31,6 +31,7 @@ from gateway.whatsapp.values import Json, items, obj
 BATCH = 100
 MEASURE_SECONDS = 1.0
 """Between two looks at how much waits."""
+GATHER_SECONDS = 0.2
 _LIDS_KEPT = 10_000
 
 logger = log.get(part="whatsapp")
@@ -64,6 +65,7 @@ class Pump:
         self._look_back_at = 0.0
         self._kept = False
         self._done: list[int] = []
+        self._only_receipts = False
         self._strange: list[int] = []
         self._measured_at = 0.0
         self._stranger_since: float | None = None
@@ -99,6 +101,8 @@ class Pump:
                 self._hint.clear()
                 if await self._step():
                     wait = self._timings.store_retry
+                    if self._only_receipts:
+                        await self._gather()
                     continue
                 self.idle.set()
                 await self._prune()
@@ -112,6 +116,12 @@ class Pump:
             except JournalError as error:
                 logger.error("journal.unreadable", session_id=self._context.session_id, error=error.detail)
                 await asyncio.sleep(self._timings.store_retry_cap)
+
+    async def _gather(self) -> None:
+        """Nobody waits for a receipt: those of a moment are stored together, unless a message comes."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GATHER_SECONDS):
+                await self._hint.wait()
 
     async def _rest(self) -> None:
         try:
@@ -142,6 +152,7 @@ class Pump:
             if entry.kind == protocol.CALL and entry.number not in kept:
                 await self._after_call(entry, message)
         self._done = [entry.number for entry in entries if entry.number not in kept]
+        self._only_receipts = not messages
         self._after = max(self._after, entries[-1].number)
         if kept:
             self._look_back_at = time.monotonic() + self._timings.look_back
