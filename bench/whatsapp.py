@@ -30,13 +30,14 @@ from typing import Any
 from bench import common
 from bench.common import Figure, figure, percentiles
 from bench.watching import watching
-from bench.whatsapp_in import Inward
+from bench.whatsapp_in import Inward, Library
 from bench.whatsapp_out import Outward
+from gateway.whatsapp.store import opened_as
 from sandbox.whatsapp.phone import Phone
 from tests.support.stack import Stack
 from tests.support.whatsapp_real import RealClient
 
-OTHER_NUMBER, BARE_NUMBER = "+60123456700", "+60123456701"
+OTHER_NUMBER, BARE_NUMBER, TUNED_NUMBER = "+60123456700", "+60123456701", "+60123456702"
 KILL_EVERY = 5.0
 SETTLE_SECONDS = 60.0
 BARE = Path(__file__).with_name("bare.py")
@@ -262,21 +263,25 @@ class Bench:
 
     async def beside_the_bare_library(self) -> list[Figure]:
         """A burst into and out of the gateway, and the same through the library alone, in turns."""
-        bare = await self._bare()
+        bare = await self._library(BARE_NUMBER, str(self.stack.folder / "bare.db"))
         try:
-            inward = await Inward(self.stack, bare, self.bare_shop).figures()
-            return inward + await Outward(self.stack, bare, self.options.outbound).figures()
+            tuned = await self._library(TUNED_NUMBER, opened_as(self.stack.folder / "tuned.db"))
+            try:
+                found = await Inward(self.stack, bare, tuned).figures()
+            finally:
+                await tuned.client.kill()
+            return found + await Outward(self.stack, bare.client, self.options.outbound).figures()
         finally:
-            await bare.kill()
+            await bare.client.kill()
 
-    async def _bare(self) -> RealClient:
-        self.bare_shop = self.stack.sandbox.phone(BARE_NUMBER, "Bare")
-        bare = await RealClient.start(self.stack.sandbox, script=BARE)
-        await bare.do("connect", db=str(self.stack.folder / "bare.db"))
-        device = await self.bare_shop.scan((await bare.wait("qr"))["qr"])
-        await bare.wait("ConnectedEv")
+    async def _library(self, number: str, file: str) -> Library:
+        shop = self.stack.sandbox.phone(number, "Bare")
+        client = await RealClient.start(self.stack.sandbox, script=BARE)
+        await client.do("connect", db=file)
+        device = await shop.scan((await client.wait("qr"))["qr"])
+        await client.wait("ConnectedEv")
         await self.stack.sandbox.wait_online(device)
-        return bare
+        return Library(client, shop)
 
     # ---- trouble ----
 
