@@ -9,6 +9,7 @@ from aiohttp import web
 from gateway.api import (
     agents,
     audit,
+    checks,
     docs,
     events,
     health,
@@ -46,6 +47,7 @@ RESOURCES = (
     health,
     metrics,
     sessions,
+    checks,
     pairing,
     webhook,
     outbound,

@@ -8,7 +8,7 @@ from core.channel import History, SessionId
 from gateway.api.models import NoBody, NoQuery, View
 from gateway.api.problems import Problem
 from gateway.api.routing import Call, Reply, Routes
-from gateway.api.sessions import SUBJECT, action_of, read_session
+from gateway.api.session_views import SUBJECT, action_of, read_session
 
 routes = Routes("sessions")
 

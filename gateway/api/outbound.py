@@ -31,7 +31,7 @@ from gateway.api.models import (
 from gateway.api.paging import decode_id, page
 from gateway.api.problems import Problem, invalid, not_found
 from gateway.api.routing import Call, Reply, Routes, Subject
-from gateway.api.sessions import read_session
+from gateway.api.session_views import read_session
 
 routes = Routes("outbound")
 SUBJECT = Subject("outbound item", "queue_id", "et_outbound_queue")

@@ -25,7 +25,7 @@ from gateway.api.feed import FEED
 from gateway.api.models import Body, NoBody, NoQuery, View
 from gateway.api.problems import Problem, invalid
 from gateway.api.routing import Call, Routes
-from gateway.api.sessions import SUBJECT, action_of
+from gateway.api.session_views import SUBJECT, action_of
 from gateway.api.sse import HEARTBEAT_SECONDS, Stream
 
 routes = Routes("sessions")

@@ -16,7 +16,7 @@ from gateway.api.models import Body, Id, JsonObject, NoQuery, OutboundType, Text
 from gateway.api.outbound import enqueue
 from gateway.api.problems import Problem
 from gateway.api.routing import Call, Reply, Routes
-from gateway.api.sessions import action_of, read_session
+from gateway.api.session_views import action_of, read_session
 
 routes = Routes("send")
 

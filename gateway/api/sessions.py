@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AfterValidator, Field
 
 from core import log_in, sending
-from core.channel import ChannelKind, LogIn, SessionId, SessionStatus
-from core.channel import NumberCheck as NumberChecker
+from core.channel import ChannelKind, LogIn, SessionStatus
 from core.errors import Invalid, InvalidField
 from core.identity import address_of, external_id
-from core.store import audit, credentials, leases, overview
-from core.store import crm as crm_store
+from core.store import audit, credentials
 from core.store import sessions as store
-from core.store.sessions import SessionRow
 from gateway.api.models import (
     Body,
     ChannelName,
@@ -26,24 +22,14 @@ from gateway.api.models import (
     Name,
     NoBody,
     NoQuery,
-    SessionStatusName,
-    View,
 )
-from gateway.api.problems import Problem, invalid
-from gateway.api.routing import Call, Reply, Routes, Subject
+from gateway.api.problems import invalid
+from gateway.api.routing import Call, Reply, Routes
+from gateway.api.session_views import SUBJECT, Session, SessionDetail, detail, read_session, view
 
 routes = Routes("sessions")
-SUBJECT = Subject("session", "session_id", "et_channel_sessions")
 
 DELETE_WAIT_SECONDS = 8.0
-MAX_CHECKED = 50
-"""Recipients in one question: channels watch who looks people up in bulk."""
-
-_ACTIONS = {
-    "pairing": "scan the QR code (GET …/qr), or ask for a code (POST …/pairing-code)",
-    "logged_out": "pair it again: GET …/qr",
-    "suspended": "see status_reason; wait until the channel lifts it",
-}
 
 
 def _proxy(value: str) -> str:
@@ -58,33 +44,6 @@ def _proxy(value: str) -> str:
 
 
 Proxy = Annotated[str, Field(max_length=500), AfterValidator(_proxy)]
-
-
-class Session(View):
-    session_id: int
-    channel_type: str
-    identifier: str
-    name: str | None
-    status: SessionStatusName
-    status_reason: str | None
-    last_connected: datetime | None
-    action: str | None = Field(description="What a person must do now.")
-
-
-class SessionDetail(Session):
-    tenant_id: int
-    wanted: str
-    default_workspace_id: int | None
-    expected_identifier: str | None
-    proxy: str | None = Field(description="Without its user and password.")
-    settings: JsonObject
-    owner: str | None = Field(description="The gateway that runs it.")
-    counters: dict[str, int] = Field(
-        description="Threads, the queue by status, and `possible_loss`: inbound messages of the last 24 hours that could not"
-        " be read and that nobody has sent again yet."
-    )
-    created_at: datetime
-    updated_at: datetime
 
 
 class NewSession(Body):
@@ -109,74 +68,6 @@ class SessionChange(Body):
     proxy: Proxy | None = None
     settings: JsonObject | None = None
     credentials: JsonObject | None = Field(None, description="Replaces all that are stored.")
-
-
-class Recipients(Body):
-    recipients: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=320)]], Field(min_length=1, max_length=MAX_CHECKED)
-    ]
-
-
-class Reachable(View):
-    results: dict[str, bool] = Field(description="Per recipient as it was given.")
-
-
-def action_of(session: SessionRow) -> str | None:
-    """What a person must do now, or None."""
-    if session.action is not None:
-        return session.action
-    if session.pending and session.status == SessionStatus.DISCONNECTED:
-        return _ACTIONS["pairing"]
-    return _ACTIONS.get(session.status)
-
-
-def view(session: SessionRow) -> Session:
-    return Session(**_fields(session))
-
-
-def _fields(session: SessionRow) -> dict[str, Any]:
-    return {
-        "session_id": session.id,
-        "channel_type": session.channel_type,
-        "identifier": session.identifier,
-        "name": session.name,
-        "status": session.status.value,
-        "status_reason": session.status_reason,
-        "last_connected": session.last_connected_at,
-        "action": action_of(session),
-    }
-
-
-async def read_session(call: Call[Any, Any], session_id: int) -> SessionRow:
-    """The session a body or the path names. 404 when it is not this tenant's, with an audit row when it is another's."""
-    if "session_id" not in call.request.match_info:
-        await call.own("session", "et_channel_sessions", session_id)
-    async with call.db.tenant(call.tenant_id) as conn:
-        return await store.get(conn, call.tenant_id, session_id)
-
-
-async def _detail(call: Call[Any, Any], session_id: int) -> SessionDetail:
-    async with call.db.tenant(call.tenant_id) as conn:
-        session = await store.get(conn, call.tenant_id, session_id)
-        owner = await leases.holder(conn, session_id)
-        counters = await crm_store.session_counters(conn, call.tenant_id, session_id)
-        lost = await overview.possible_loss(conn, call.tenant_id, session_id)
-    metadata = session.metadata
-    settings = metadata.get("settings")
-    workspace = metadata.get("default_workspace_id")
-    return SessionDetail(
-        **_fields(session),
-        tenant_id=session.tenant_id,
-        wanted=session.wanted,
-        default_workspace_id=workspace if isinstance(workspace, int) else None,
-        expected_identifier=metadata.get("expected_identifier"),
-        proxy=metadata.get("proxy"),
-        settings=settings if isinstance(settings, dict) else {},
-        owner=owner,
-        counters=counters | {"possible_loss": lost.get((int(call.tenant_id), session_id), 0)},
-        created_at=session.created_at,
-        updated_at=session.updated_at,
-    )
 
 
 def split_proxy(proxy: str) -> tuple[str, str | None]:
@@ -265,7 +156,7 @@ async def create(call: Call[NoQuery, NewSession]) -> Reply:
                     conn, call.services.keys, **ids, session_id=session.id, credentials=secrets
                 )
         await _audit(call, conn, "session_created", session.id)
-    return Reply(201, await _detail(call, session.id))
+    return Reply(201, await detail(call, session.id))
 
 
 async def _log_in(
@@ -322,7 +213,7 @@ async def _audit(call: Call[Any, Any], conn: audit.Conn, event: audit.Event, ses
 )
 async def read(call: Call[NoQuery, NoBody]) -> SessionDetail:
     """Read a session, with counters."""
-    return await _detail(call, call.id("session_id"))
+    return await detail(call, call.id("session_id"))
 
 
 @routes.add(
@@ -381,7 +272,7 @@ async def change(call: Call[NoQuery, SessionChange]) -> SessionDetail:
             await _audit(call, conn, "session_credentials_changed", session_id)
             if kind is not None and kind.check_credentials is not None:
                 await log_in.try_again(conn, session)
-    return await _detail(call, session_id)
+    return await detail(call, session_id)
 
 
 @routes.add(
@@ -452,46 +343,3 @@ async def _want(call: Call[NoQuery, NoBody], wanted: store.Wanted) -> Session:
             await store.want(conn, session_id, wanted)
             session = await store.get(conn, call.tenant_id, session_id)
     return view(session)
-
-
-@routes.add(
-    "POST",
-    "/sessions/{tenant_id}/{session_id}/check",
-    access="path",
-    subject=SUBJECT,
-    scope="sessions",
-    returns={200: Reachable},
-    problems=(409, 502, 504),
-)
-async def check(call: Call[NoQuery, Recipients]) -> Reachable:
-    """Ask the channel which of these it can reach.
-
-    What it said before is remembered for a day; new questions are paced: 429 with `Retry-After` when they come too fast.
-    """
-    session = await read_session(call, call.id("session_id"))
-    given: dict[str, str] = {}
-    for index, recipient in enumerate(call.body.recipients):
-        try:
-            given[recipient] = address_of(external_id(session.channel_type, recipient))
-        except Invalid as error:
-            raise invalid(f"recipients.{index}", error.detail) from None
-    checker = _checker(call, session.id)
-    if checker is None:
-        raise Problem(
-            409,
-            "session_not_here",
-            f"session {session.id} is {session.status}, or another gateway runs it, or its channel cannot check"
-            " recipients; connect it and ask the gateway that runs it",
-            action=action_of(session),
-        )
-    found = await checker.check(list(dict.fromkeys(given.values())))
-    return Reachable(results={recipient: bool(found.get(address)) for recipient, address in given.items()})
-
-
-class _Checks(Protocol):
-    async def check(self, recipients: list[str]) -> dict[str, bool]: ...
-
-
-def _checker(call: Call[Any, Any], session_id: SessionId) -> _Checks | None:
-    manager = call.services.sessions
-    return None if manager is None else manager.capability(session_id, NumberChecker)  # type: ignore[type-abstract]
