@@ -15,6 +15,7 @@ import pytest
 
 from core.channel import SessionContext
 from core.database import Database
+from core.errors import DatabaseUnavailable
 from core.ingest import Ingest
 from core.journal import Journal
 from core.metrics import Metrics
@@ -239,3 +240,54 @@ async def test_calls_and_losses_are_not_counted_a_second_time(place: Place, tmp_
         await after.look_back()
         assert after.count(after.metrics.possible_loss, "whatsapp") == 0
     assert await ids(place) == stored
+
+
+async def test_while_the_database_is_away_it_waits_and_then_goes_on(place: Place, tmp_path: Path) -> None:
+    async with life(place, tmp_path) as before:
+        await before.hear(text("M1"), text("M2"))
+    await forget(place, ["M1"])
+    async with life(place, tmp_path) as after:
+        asked = 0
+
+        class Away:
+            async def again(self, messages: Any, updates: Any) -> int:
+                nonlocal asked
+                asked += 1
+                if asked < 3:
+                    raise DatabaseUnavailable("away")
+                return await after.sink.again(messages, updates)
+
+        connected = asyncio.Event()
+        connected.set()
+        look = LookBack(after.context, Away(), after.journal, after.pump.read_again, TIMINGS)
+        async with asyncio.timeout(10):
+            await look.run(connected)
+        assert (asked, look._stored) == (3, 1)
+    assert sorted(await ids(place)) == ["M1", "M2"]
+
+
+async def test_sessions_that_start_together_look_back_one_at_a_time(place: Place, tmp_path: Path) -> None:
+    async with life(place, tmp_path) as before:
+        await before.hear(*(text(f"M{n}") for n in range(120)))
+    async with life(place, tmp_path) as after:
+        working, most = 0, 0
+
+        class Counting:
+            async def again(self, messages: Any, updates: Any) -> int:
+                nonlocal working, most
+                working += 1
+                most = max(most, working)
+                await asyncio.sleep(0.005)
+                working -= 1
+                return 0
+
+        connected = asyncio.Event()
+        connected.set()
+        looks = [
+            LookBack(after.context, Counting(), after.journal, after.pump.read_again, TIMINGS)
+            for _ in range(4)
+        ]
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(look.run(connected) for look in looks))
+        assert [look._seen for look in looks] == [120] * 4
+        assert most == 1
