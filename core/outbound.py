@@ -100,7 +100,7 @@ class OutboundWorker:
         self._chance = chance
         self._timings = timings or Timings()
         self._poll = self._timings.poll if poll_seconds is None else poll_seconds
-        self._windows = Windows()
+        self._windows = Windows(clock)
         self._flights: dict[Key, Flight] = {}
         self._committing: set[Key] = set()
         """Claims whose commit is being answered."""
@@ -111,7 +111,9 @@ class OutboundWorker:
         self._soon = False
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._marker = Marker(db, actor=f"worker:{owner}", on_done=self._committed)
+        self._marker = Marker(
+            db, actor=f"worker:{owner}", on_done=self._committed, more_to_come=self._calling
+        )
         self._report = Reporter(metrics)
         self._pacer = Pacer(
             db, metrics, sending or {}, self._timings, clock=clock, today=today, chance=chance
@@ -393,6 +395,9 @@ class OutboundWorker:
             # Calls are open, so nobody stands idle: rows that these held back make one claim with what ends meanwhile.
             self._soon = True
             asyncio.get_running_loop().call_later(MOST_PAUSE, self._look_again)
+
+    def _calling(self) -> bool:
+        return bool(self._flights)
 
     def _look_again(self) -> None:
         self._soon = False

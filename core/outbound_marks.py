@@ -6,7 +6,6 @@ What a channel has accepted is remembered here until the database knows it. Neve
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,8 @@ log = logs.get(part="outbound")
 BATCH = 250
 RETRY_FIRST, RETRY_MOST = 0.05, 2.0
 STUCK_SECONDS = 15.0
-MOST_PAUSE = 0.02
+GATHER = 0.01
+"""Seconds in which the outcomes of calls that are open make one batch: a commit for each would cost as much as the send."""
 RACES = 5
 """An own echo that is stored between our look and our write costs one repeat; more than a few are something else."""
 
@@ -45,11 +45,18 @@ class Marker:
     """`put` outcomes, `run` writes them. `on_done` hears of every batch after its commit."""
 
     def __init__(
-        self, db: Database, *, actor: str, on_done: Callable[[Sequence[Ended], Sequence[Record]], None]
+        self,
+        db: Database,
+        *,
+        actor: str,
+        on_done: Callable[[Sequence[Ended], Sequence[Record]], None],
+        more_to_come: Callable[[], bool],
     ) -> None:
+        """`more_to_come`: whether calls are open whose outcomes are worth waiting a moment for."""
         self._db = db
         self._actor = actor
         self._on_done = on_done
+        self._more_to_come = more_to_come
         self._waiting: deque[Ended] = deque()
         self._pending: dict[Key, int] = {}
         self._work = asyncio.Event()
@@ -82,15 +89,13 @@ class Marker:
     async def run(self) -> None:
         while True:
             await self._work.wait()
+            if len(self._waiting) < BATCH and self._more_to_come():
+                await asyncio.sleep(GATHER)
             batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
             if not self._waiting:
                 self._work.clear()
             if batch:
-                began = time.monotonic()
                 await self._write(batch)
-                if not self._waiting:
-                    # Half of the time at most goes into marking single ones: what ends meanwhile makes a larger batch.
-                    await asyncio.sleep(min(MOST_PAUSE, time.monotonic() - began))
 
     def close(self) -> None:
         for timer in self._timers:
@@ -143,23 +148,16 @@ class Marker:
         self._done(batch, rows)
 
     async def _commit(self, batch: Sequence[Ended]) -> list[Record]:
-        async with self._db.worker() as conn:
-            async with conn.transaction():
-                await conn.execute(dispatching.ALONE)
-                rows = await dispatching.mark(conn, [ended.verdict.mark for ended in batch])
-                echoed = [row for row in rows if row["echo_id"] is not None]
-                if echoed:
-                    await conn.execute(dispatching.APART)
-                for row in echoed:
-                    await echoes.merge(conn, message_id=row["message_id"], echo_id=row["echo_id"])
-                await self._audit(conn, batch, rows)
-                faults.point("outbound.mark.before_commit")
-            if any(ended.verdict.outcome == "sent" for ended in batch):
-                try:
-                    await dispatching.apply_parked_receipts(conn)
-                except Exception as error:
-                    # The sends are committed; the next batch or the sweep applies the receipts.
-                    log.warning("receipt.postponed", error=repr(error))
+        async with self._db.worker() as conn, conn.transaction():
+            await conn.execute(dispatching.ALONE)
+            rows = await dispatching.mark(conn, [ended.verdict.mark for ended in batch])
+            echoed = [row for row in rows if row["echo_id"] is not None]
+            if echoed:
+                await conn.execute(dispatching.APART)
+            for row in echoed:
+                await echoes.merge(conn, message_id=row["message_id"], echo_id=row["echo_id"])
+            await self._audit(conn, batch, rows)
+            faults.point("outbound.mark.before_commit")
         return rows
 
     async def _one_by_one(self, batch: Sequence[Ended], first: Exception) -> None:

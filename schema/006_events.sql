@@ -26,6 +26,8 @@ $$;
 CREATE OR REPLACE FUNCTION et_message_inserted() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+DECLARE
+    stored RECORD;
 BEGIN
     UPDATE public.et_threads t
     SET last_message_at = greatest(t.last_message_at, seen.latest),
@@ -43,20 +45,23 @@ BEGIN
       AND (seen.live OR t.history_only)
       AND (t.last_message_at < seen.latest OR (seen.live AND t.history_only));
 
-    IF (SELECT max(n.id) FROM new_rows n) < 50000 THEN
+    SELECT max(n.id) AS newest, bool_or(NOT n.is_history) AS live,
+           bool_or(n.direction = 'inbound' AND NOT n.is_history) AS work
+    INTO stored
+    FROM new_rows n;
+    IF stored.newest < 50000 THEN
         PERFORM public.et_analyze_young();
     END IF;
-
     -- History wakes nobody and is not news.
-    INSERT INTO public.et_events (tenant_id, kind, ref_id)
-    SELECT n.tenant_id, 'message', n.id
-    FROM new_rows n
-    WHERE NOT n.is_history;
-    IF FOUND THEN
+    IF stored.live THEN
+        INSERT INTO public.et_events (tenant_id, kind, ref_id)
+        SELECT n.tenant_id, 'message', n.id
+        FROM new_rows n
+        WHERE NOT n.is_history;
         PERFORM pg_notify('et_events', '');
-        IF EXISTS (SELECT 1 FROM new_rows n WHERE n.direction = 'inbound' AND NOT n.is_history) THEN
-            PERFORM pg_notify('et_inbound', '');
-        END IF;
+    END IF;
+    IF stored.work THEN
+        PERFORM pg_notify('et_inbound', '');
     END IF;
     RETURN NULL;
 END

@@ -63,15 +63,18 @@ END
 $$;
 
 -- What the queue shows as recipient: '+60123456789', 'john@example.com', 'telegram:123', a group's jid.
+-- This and the next have no search_path of their own, so that they are inlined; every name in them says its schema.
 CREATE OR REPLACE FUNCTION et_address(p_external_id TEXT) RETURNS TEXT
-LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT regexp_replace(p_external_id, '^(whatsapp|whatsapp-group|email):', '')
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT pg_catalog.regexp_replace(p_external_id, '^(whatsapp|whatsapp-group|email):', '')
 $$;
+ALTER FUNCTION et_address(TEXT) RESET ALL;
 
 CREATE OR REPLACE FUNCTION et_lead_kind(p_external_id TEXT) RETURNS TEXT
-LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT CASE WHEN p_external_id ~ '^([a-z0-9_]+-group:|telegram:-)' THEN 'group' ELSE 'person' END
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN p_external_id OPERATOR(pg_catalog.~) '^([a-z0-9_]+-group:|telegram:-)' THEN 'group' ELSE 'person' END
 $$;
+ALTER FUNCTION et_lead_kind(TEXT) RESET ALL;
 
 -- The workspace a session gives to new leads; one that does not exist in the tenant becomes NULL with a warning.
 CREATE OR REPLACE FUNCTION et_default_workspace(p_tenant_id BIGINT, p_channel_session_id BIGINT) RETURNS BIGINT
@@ -133,6 +136,77 @@ BEGIN
 END
 $$;
 
+-- The lane of a queue row: 2 a reply (an agent's, a person's, or to somebody who wrote within the last hour), 1 to somebody
+-- who has written to this session before, 0 to a stranger. The origins are those of core/store/dispatching.py.
+CREATE OR REPLACE FUNCTION et_lane(
+    p_tenant BIGINT, p_session BIGINT, p_lead BIGINT, p_thread BIGINT, p_dedupe TEXT, p_origin TEXT
+) RETURNS SMALLINT
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    IF p_dedupe LIKE 'reply:%' OR p_origin = ANY (
+        '{agent,auto,worker,rules,llm,inbound_worker,person,operator,console,human,phone}')
+    THEN
+        RETURN 2;
+    END IF;
+    PERFORM 1
+    FROM public.et_messages i
+    WHERE i.tenant_id = p_tenant
+      AND i.thread_id = p_thread
+      AND i.occurred_at > now() - INTERVAL '1 hour'
+      AND i.direction = 'inbound'
+    LIMIT 1;
+    IF FOUND THEN
+        RETURN 2;
+    END IF;
+    PERFORM 1
+    FROM public.et_messages i
+    WHERE i.tenant_id = p_tenant
+      AND i.channel_session_id = p_session
+      AND i.lead_id = p_lead
+      AND i.direction = 'inbound'
+    LIMIT 1;
+    RETURN FOUND::INTEGER;
+END
+$$;
+
+-- The two rows of an outbound message, and its lead when nobody has the address. Internal: callers have checked the tenant
+-- and say which lead and thread, where there are any; what they say spares the triggers that would look it up.
+CREATE OR REPLACE FUNCTION et_put_outbound(
+    p_tenant BIGINT, p_session BIGINT, p_channel TEXT, p_sender TEXT, p_lead BIGINT, p_thread BIGINT, p_external TEXT,
+    p_recipient TEXT, p_type TEXT, p_content TEXT, p_media_url TEXT, p_reply_to TEXT, p_raw JSONB, p_role TEXT, p_llm JSONB,
+    p_dedupe TEXT, p_priority INTEGER, p_at TIMESTAMPTZ, p_expires_in INTERVAL,
+    OUT message_id BIGINT, OUT queue_id BIGINT, OUT thread_id BIGINT
+)
+LANGUAGE plpgsql AS $$
+#variable_conflict use_variable
+DECLARE
+    lead CONSTANT BIGINT := coalesce(p_lead, public.et_find_or_create_lead(p_tenant, p_external, p_session));
+BEGIN
+    INSERT INTO public.et_messages AS m
+        (tenant_id, lead_id, thread_id, channel_session_id, channel, direction, role, sender_identifier, chat_identifier,
+         message_type, content, reply_to_message_id, media_url, raw_payload, delivery_status, occurred_at,
+         llm_provider, llm_model, llm_prompt_tokens, llm_completion_tokens, llm_total_tokens, llm_estimated_cost_usd)
+    VALUES
+        (p_tenant, lead, p_thread, p_session, p_channel, 'outbound', p_role, p_sender,
+         CASE WHEN public.et_lead_kind(coalesce(p_external, '')) = 'group' THEN public.et_address(p_external) END,
+         p_type, p_content, p_reply_to, p_media_url, p_raw, 'queued', now(),
+         p_llm ->> 'provider', p_llm ->> 'model', (p_llm ->> 'prompt_tokens')::INTEGER,
+         (p_llm ->> 'completion_tokens')::INTEGER, (p_llm ->> 'total_tokens')::INTEGER,
+         (p_llm ->> 'estimated_cost_usd')::NUMERIC)
+    RETURNING m.id, m.thread_id INTO message_id, thread_id;
+
+    INSERT INTO public.et_outbound_queue AS q
+        (tenant_id, message_id, thread_id, lane, channel, channel_session_id, recipient, priority, send_at,
+         next_attempt_at, expires_at, dedupe_key)
+    VALUES
+        (p_tenant, message_id, thread_id,
+         public.et_lane(p_tenant, p_session, lead, thread_id, p_dedupe, p_raw ->> 'origin'),
+         p_channel, p_session, p_recipient, p_priority, p_at, greatest(p_at, now()),
+         greatest(p_at, now()) + p_expires_in, p_dedupe)
+    RETURNING q.id INTO queue_id;
+END
+$$;
+
 -- One outbound message: lead and thread when needed, the message, the queue row, in the caller's transaction.
 -- The first seven arguments are the published ones. A repeated dedupe_key returns the first call's ids, also when the
 -- first call is still running. lead_id may stand in for recipient: the address is then chosen when it is sent.
@@ -167,19 +241,31 @@ DECLARE
     p_dedupe   CONSTANT TEXT := nullif(et_enqueue_outbound.dedupe_key, '');
     p_type     CONSTANT TEXT := coalesce(et_enqueue_outbound.message_type, 'text');
     p_at       CONSTANT TIMESTAMPTZ := coalesce(et_enqueue_outbound.send_at, now());
+    p_role     CONSTANT TEXT := coalesce(et_enqueue_outbound.role, 'assistant');
+    p_priority CONSTANT INTEGER := coalesce(et_enqueue_outbound.priority, 0);
+    p_life     CONSTANT INTERVAL := coalesce(et_enqueue_outbound.expires_in, INTERVAL '24 hours');
+    raw        CONSTANT JSONB := coalesce(et_enqueue_outbound.raw_payload, '{}')
+        || CASE WHEN et_enqueue_outbound.payload IS NULL THEN '{}'
+                ELSE jsonb_build_object('payload', et_enqueue_outbound.payload) END;
     tenant_status TEXT;
     channel    TEXT;
     address    TEXT;
     external   TEXT;
     lead       BIGINT;
+    thread     BIGINT;
+    sent_to    TEXT;
+    put        RECORD;
     problem    TEXT;
 BEGIN
-    IF NOT coalesce(public.et_may_act(p_tenant), false) THEN
+    IF current_setting('role', true) IS DISTINCT FROM 'et_worker' AND NOT coalesce(public.et_may_act(p_tenant), false) THEN
         RAISE EXCEPTION '% may not send for tenant %', session_user, p_tenant
             USING ERRCODE = 'insufficient_privilege',
                   HINT = 'An administrator names the tenant of a database login in et_db_roles.';
     END IF;
-    SELECT t.status INTO tenant_status FROM public.et_tenants t WHERE t.id = p_tenant;
+    SELECT t.status, s.channel_type, s.session_identifier INTO tenant_status, fn.channel, fn.address
+    FROM public.et_tenants t
+    LEFT JOIN public.et_channel_sessions s ON s.tenant_id = t.id AND s.id = p_session
+    WHERE t.id = p_tenant;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'tenant % does not exist', p_tenant USING ERRCODE = 'foreign_key_violation';
     ELSIF tenant_status <> 'active' THEN
@@ -196,10 +282,7 @@ BEGIN
         END IF;
     END IF;
 
-    SELECT s.channel_type, s.session_identifier INTO fn.channel, fn.address
-    FROM public.et_channel_sessions s
-    WHERE s.tenant_id = p_tenant AND s.id = p_session;
-    IF NOT FOUND THEN
+    IF fn.channel IS NULL THEN
         RAISE EXCEPTION 'session % does not exist in tenant %', p_session, p_tenant
             USING ERRCODE = 'foreign_key_violation', HINT = 'Look for its id in et_channel_sessions.';
     END IF;
@@ -218,64 +301,62 @@ BEGIN
             THEN format('payload is empty, a message of type %s needs it', p_type)
         WHEN p_type IN ('reaction', 'edited', 'deleted') AND coalesce(et_enqueue_outbound.reply_to_message_id, '') = ''
             THEN format('reply_to_message_id is empty, a message of type %s needs the message it is about', p_type)
-        WHEN coalesce(et_enqueue_outbound.priority, 0) NOT BETWEEN -32768 AND 32767
+        WHEN p_priority NOT BETWEEN -32768 AND 32767
             THEN 'priority must lie between -32768 and 32767'
-        WHEN coalesce(et_enqueue_outbound.expires_in, INTERVAL '1 day') <= INTERVAL '0'
+        WHEN p_life <= INTERVAL '0'
             THEN 'expires_in must be positive'
     END;
     IF problem IS NOT NULL THEN
         RAISE EXCEPTION '%', problem USING ERRCODE = 'invalid_parameter_value';
     END IF;
 
-    -- The block undoes message and queue row when somebody else's row with the same key wins.
-    BEGIN
-        IF btrim(coalesce(et_enqueue_outbound.recipient, '')) <> '' THEN
-            external := public.et_external_id(fn.channel, et_enqueue_outbound.recipient);
-            lead := public.et_find_or_create_lead(p_tenant, external, p_session);
-        ELSE
-            SELECT l.id, CASE WHEN l.kind = 'group' THEN l.external_id END INTO fn.lead, fn.external
-            FROM public.et_leads l
-            WHERE l.tenant_id = p_tenant AND l.id = et_enqueue_outbound.lead_id;
-            IF NOT FOUND THEN
-                RAISE EXCEPTION 'recipient is empty and lead % does not exist in tenant %',
-                                coalesce(et_enqueue_outbound.lead_id::TEXT, 'NULL'), p_tenant
-                    USING ERRCODE = 'invalid_parameter_value', HINT = 'Give a recipient or a lead_id.';
-            END IF;
-        END IF;
-
-        INSERT INTO public.et_messages AS m
-            (tenant_id, lead_id, channel_session_id, channel, direction, role, sender_identifier, chat_identifier,
-             message_type, content, reply_to_message_id, media_url, raw_payload, delivery_status, occurred_at,
-             llm_provider, llm_model, llm_prompt_tokens, llm_completion_tokens, llm_total_tokens, llm_estimated_cost_usd)
-        VALUES
-            (p_tenant, fn.lead, p_session, fn.channel, 'outbound', coalesce(et_enqueue_outbound.role, 'assistant'),
-             fn.address, CASE WHEN public.et_lead_kind(coalesce(external, '')) = 'group' THEN public.et_address(external) END,
-             p_type, et_enqueue_outbound.content, et_enqueue_outbound.reply_to_message_id, et_enqueue_outbound.media_url,
-             coalesce(et_enqueue_outbound.raw_payload, '{}')
-                 || CASE WHEN et_enqueue_outbound.payload IS NULL THEN '{}'
-                         ELSE jsonb_build_object('payload', et_enqueue_outbound.payload) END,
-             'queued', now(),
-             llm ->> 'provider', llm ->> 'model', (llm ->> 'prompt_tokens')::INTEGER,
-             (llm ->> 'completion_tokens')::INTEGER, (llm ->> 'total_tokens')::INTEGER,
-             (llm ->> 'estimated_cost_usd')::NUMERIC)
-        RETURNING m.id, m.thread_id INTO et_enqueue_outbound.message_id, et_enqueue_outbound.thread_id;
-
-        INSERT INTO public.et_outbound_queue AS q
-            (tenant_id, message_id, channel, channel_session_id, recipient, priority, send_at, expires_at, dedupe_key)
-        VALUES
-            (p_tenant, et_enqueue_outbound.message_id, fn.channel, p_session,
-             CASE WHEN btrim(coalesce(et_enqueue_outbound.recipient, '')) <> '' THEN public.et_address(external) END,
-             coalesce(et_enqueue_outbound.priority, 0), p_at,
-             greatest(p_at, now()) + coalesce(et_enqueue_outbound.expires_in, INTERVAL '24 hours'), p_dedupe)
-        RETURNING q.id INTO et_enqueue_outbound.queue_id;
-    EXCEPTION WHEN unique_violation THEN
-        SELECT q.message_id, q.id, q.thread_id INTO et_enqueue_outbound.message_id, et_enqueue_outbound.queue_id, et_enqueue_outbound.thread_id
-        FROM public.et_outbound_queue q
-        WHERE q.tenant_id = p_tenant AND q.dedupe_key = p_dedupe;
+    IF btrim(coalesce(et_enqueue_outbound.recipient, '')) <> '' THEN
+        external := public.et_external_id(fn.channel, et_enqueue_outbound.recipient);
+        sent_to := public.et_address(external);
+        SELECT i.lead_id, t.id INTO fn.lead, fn.thread
+        FROM public.et_lead_identities i
+        LEFT JOIN public.et_threads t ON t.tenant_id = i.tenant_id
+                                     AND t.lead_id = i.lead_id
+                                     AND t.channel_session_id = p_session
+                                     AND t.status = 'active'
+        WHERE i.tenant_id = p_tenant AND i.external_id = fn.external;
+    ELSE
+        SELECT l.id, CASE WHEN l.kind = 'group' THEN l.external_id END INTO fn.lead, fn.external
+        FROM public.et_leads l
+        WHERE l.tenant_id = p_tenant AND l.id = et_enqueue_outbound.lead_id;
         IF NOT FOUND THEN
-            RAISE;
+            RAISE EXCEPTION 'recipient is empty and lead % does not exist in tenant %',
+                            coalesce(et_enqueue_outbound.lead_id::TEXT, 'NULL'), p_tenant
+                USING ERRCODE = 'invalid_parameter_value', HINT = 'Give a recipient or a lead_id.';
         END IF;
-    END;
+    END IF;
+
+    -- Only a dedupe_key needs the block, which undoes both rows when somebody else's row with the same key wins.
+    IF p_dedupe IS NULL THEN
+        SELECT * INTO put
+        FROM public.et_put_outbound(
+            p_tenant, p_session, fn.channel, fn.address, fn.lead, fn.thread, fn.external, sent_to, p_type,
+            et_enqueue_outbound.content, et_enqueue_outbound.media_url, et_enqueue_outbound.reply_to_message_id, raw, p_role, llm,
+            p_dedupe, p_priority, p_at, p_life);
+    ELSE
+        BEGIN
+            SELECT * INTO put
+            FROM public.et_put_outbound(
+                p_tenant, p_session, fn.channel, fn.address, fn.lead, fn.thread, fn.external, sent_to, p_type,
+                et_enqueue_outbound.content, et_enqueue_outbound.media_url, et_enqueue_outbound.reply_to_message_id, raw, p_role, llm,
+                p_dedupe, p_priority, p_at, p_life);
+        EXCEPTION WHEN unique_violation THEN
+            SELECT q.message_id, q.id AS queue_id, q.thread_id INTO put
+            FROM public.et_outbound_queue q
+            WHERE q.tenant_id = p_tenant AND q.dedupe_key = p_dedupe;
+            IF NOT FOUND THEN
+                RAISE;
+            END IF;
+        END;
+    END IF;
+    et_enqueue_outbound.message_id := put.message_id;
+    et_enqueue_outbound.queue_id := put.queue_id;
+    et_enqueue_outbound.thread_id := put.thread_id;
 END
 $$;
 

@@ -1,9 +1,8 @@
 -- Fair and paced sending: which rows of a session go first, and what its channel allows today. And cheaper ways for what
 -- the outbound worker does with every row.
 
--- The lane of a queue row, given when it is put in: 2 a reply (an agent's, a person's, or to somebody who wrote within the
--- last hour), 1 to somebody who has written to this session before, 0 to a stranger. A session's replies go first, and its
--- strangers can be held back without the worker reading past them.
+-- The lane of a queue row (et_lane), given when it is put in. A session's replies go first, and its strangers can be held
+-- back without the worker reading past them.
 ALTER TABLE et_outbound_queue ADD COLUMN IF NOT EXISTS lane SMALLINT NOT NULL DEFAULT 1;
 
 CREATE INDEX IF NOT EXISTS et_outbound_queue_lanes
@@ -93,36 +92,18 @@ BEGIN
         NEW.expires_at := NEW.send_at + INTERVAL '24 hours';
     END IF;
 
-    -- The origins are those of core/store/dispatching.py: an agent's, a person's.
-    IF NEW.dedupe_key LIKE 'reply:%' OR msg.origin IN
-        ('agent', 'auto', 'worker', 'rules', 'llm', 'inbound_worker', 'person', 'operator', 'console', 'human', 'phone')
-    THEN
-        NEW.lane := 2;
-    ELSE
-        -- The newest hour of the thread; then anything this person ever wrote to this session.
-        PERFORM 1
-        FROM public.et_messages i
-        WHERE i.tenant_id = msg.tenant_id
-          AND i.thread_id = msg.thread_id
-          AND i.occurred_at > now() - INTERVAL '1 hour'
-          AND i.direction = 'inbound'
-        LIMIT 1;
-        IF FOUND THEN
-            NEW.lane := 2;
-        ELSE
-            PERFORM 1
-            FROM public.et_messages i
-            WHERE i.tenant_id = msg.tenant_id
-              AND i.channel_session_id = msg.channel_session_id
-              AND i.lead_id = msg.lead_id
-              AND i.direction = 'inbound'
-            LIMIT 1;
-            NEW.lane := FOUND::INTEGER;
-        END IF;
-    END IF;
+    NEW.lane := public.et_lane(NEW.tenant_id, NEW.channel_session_id, msg.lead_id, NEW.thread_id, NEW.dedupe_key, msg.origin);
     RETURN NEW;
 END
 $$;
+
+-- et_enqueue_outbound has looked all that up. A backend's login may not name the thread; the API's role may, and is not
+-- believed.
+CREATE OR REPLACE TRIGGER et_outbound_queue_before_insert
+    BEFORE INSERT ON et_outbound_queue
+    FOR EACH ROW
+    WHEN (NEW.thread_id IS NULL OR current_setting('role', true) = 'et_api')
+    EXECUTE FUNCTION et_queue_before_insert();
 
 -- A call of a row trigger is the dearest step of moving a row. A writer that says the time itself and moves along the ways
 -- a send takes is spared it; whoever else writes, and whatever else is written, goes through it as before.

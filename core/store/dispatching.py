@@ -76,7 +76,7 @@ WITH o AS MATERIALIZED (
     SET status = o.status,
         error_code = o.error_code,
         last_error = o.last_error,
-        retry_count = q.retry_count + o.counts::INT,
+        retry_count = q.retry_count + coalesce(o.counts, false)::INT,
         next_attempt_at = CASE WHEN o.status = 'queued' THEN now() + make_interval(secs => o.retry_in)
                                ELSE q.next_attempt_at END,
         claimed_by = CASE WHEN o.status = 'queued' THEN NULL ELSE q.claimed_by END,
@@ -132,15 +132,17 @@ async def mark(conn: Conn, marks: Sequence[Mark]) -> list[Record]:
     was lost, or another owner's finding), which is as good. Raises UniqueViolationError when an own echo got in
     between: repeat."""
     ordered = sorted(marks, key=lambda m: m.queue_id)
+    # Most batches have no failure: unnest fills what an empty array leaves out with NULL.
+    failures = ordered if any(m.status != "sent" for m in ordered) else []
     return await conn.fetch(
         _MARK,
         [m.queue_id for m in ordered],
         [m.claim_epoch for m in ordered],
         [m.status for m in ordered],
-        [m.error_code for m in ordered],
-        [m.last_error for m in ordered],
-        [m.retry_in for m in ordered],
-        [m.counts for m in ordered],
+        [m.error_code for m in failures],
+        [m.last_error for m in failures],
+        [m.retry_in for m in failures],
+        [m.counts for m in failures],
         [m.channel_message_id for m in ordered],
         [m.sent_at for m in ordered],
     )
