@@ -8,23 +8,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-import threading
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from core import faults, log
+from core import log
 from core.channel import (
     Attempt,
     Channel,
     History,
     MediaSource,
     MediaTarget,
-    MessageType,
     NotSent,
     NumberCheck,
     OutboundMessage,
@@ -40,44 +35,35 @@ from core.channel import (
     Unknown,
 )
 from core.errors import (
-    ChannelError,
     Conflict,
     DatabaseUnavailable,
     JournalError,
-    NotSentError,
-    ThrottledError,
-    UnknownOutcomeError,
 )
-from core.identity import external_id, phone_e164
+from core.identity import phone_e164
 from core.journal import Journal
 from core.metrics import Metrics
 from core.sinks import HistorySink, ReplaySink, ReplySink
-from gateway.whatsapp import calls, mediafiles, outgoing, phone_sign, sending, settings, states, store
-from gateway.whatsapp.checks import Checks
-from gateway.whatsapp.folder import FolderLock, FolderTaken, forget_device, message_secret
+from gateway.whatsapp import calls, phone_sign, settings, states, store
+from gateway.whatsapp.asking import Asking
+from gateway.whatsapp.folder import forget_device
+from gateway.whatsapp.handover import Handover
 from gateway.whatsapp.history import HistorySync
-from gateway.whatsapp.intents import Intent, Intents
 from gateway.whatsapp.listening import Listening
 from gateway.whatsapp.look_back import LookBack
 from gateway.whatsapp.manners import Manners
 from gateway.whatsapp.pairing import Pairing
 from gateway.whatsapp.polls import Polls
-from gateway.whatsapp.process import ChildGone, ChildProcess, ChildRefused, ChildTimeout
-from gateway.whatsapp.protocol import INTENTS_FILE, journal_path, store_path
+from gateway.whatsapp.process import ChildGone, ChildRefused, ChildTimeout
+from gateway.whatsapp.protocol import journal_path, store_path
 from gateway.whatsapp.pump import Pump
 from gateway.whatsapp.reporter import Reporter
 from gateway.whatsapp.supervisor import Supervisor
 from gateway.whatsapp.timings import Timings
-from gateway.whatsapp.uploader import Uploader
 from gateway.whatsapp.values import Json
 
 REPLAY_SECONDS = 5.0
 """How long a start waits for an earlier life's entries to be stored before it connects."""
 DRAIN_SECONDS = 2.0
-CUT_OFF_FREE = 10
-"""So often a send that never began costs its item no attempt."""
-LOCK_LOOK = 0.1
-"""Between two looks at a folder that somebody else holds."""
 
 logger = log.get(part="whatsapp")
 
@@ -99,8 +85,6 @@ class WhatsAppChannel:
         self._settings = settings.read(context.metadata)
         self._manners = Manners(self._settings, self._timings)
         self._phone = phone_sign.PhoneSign(context.folder)
-        self._uploads = Uploader(self._timings.upload)
-        self._checks = Checks(self._ask_numbers)
         self._sink = Listening(
             sink,
             on_stored=self._manners.noticed,
@@ -123,23 +107,21 @@ class WhatsAppChannel:
             on_stranger=self._stranger,
             on_report=self._reported,
         )
+        self._asking = Asking(self._supervisor, self._timings, running=lambda: self._running)
+        self._handover = Handover(
+            context,
+            self._supervisor,
+            timings=self._timings,
+            manners=self._manners,
+            asked=self._polls,
+            connected=self._asking.connected,
+        )
         self._journal: Journal | None = None
-        self._intents: Intents | None = None
         self._pump: Pump | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._looking_back: asyncio.Task[None] | None = None
         self._run: asyncio.Task[None] | None = None
-        self._calls: set[tuple[int, int]] = set()
-        """Sends that somebody waits for: they may still be at their file."""
-        self._inflight: dict[tuple[int, int], ChildProcess] = {}
-        self._known_device: tuple[ChildProcess, store.Device] | None = None
-        self._sends: set[asyncio.Task[Sent]] = set()
-        self._gestures: set[asyncio.Task[Any]] = set()
-        self._cut_off: Counter[int] = Counter()
-        """How often a child died under an item that it had not begun to send."""
-        self._opening = threading.Lock()
         self._changing = asyncio.Lock()
-        self._resolving = asyncio.Lock()
 
     # ---- life ----
 
@@ -227,198 +209,25 @@ class WhatsAppChannel:
     def _new_pairing(self, phone: str | None) -> Pairing:
         return Pairing(self._timings, time.monotonic() + self._timings.pairing, phone)
 
-    # ---- sending ----
+    # ---- sending, and the smaller capabilities ----
 
     async def send(self, message: OutboundMessage) -> Sent:
-        key = (int(message.attempt.queue_id), message.attempt.claim_epoch)
-        self._calls.add(key)
-        try:
-            return await self._send(message)
-        finally:
-            self._calls.discard(key)
-
-    async def _send(self, message: OutboundMessage) -> Sent:
-        attempt = message.attempt
-        to = sending.jid_of(attempt.recipient)
-        device = await self._own_device()
-        draft = outgoing.draft(message, to, device)
-        child = await self._connected_child()
-        uploaded = await self._uploads.place(child, draft.upload) if draft.upload else None
-        secret = await asyncio.to_thread(self._secret, attempt)
-        body = outgoing.finish(draft, secret, uploaded)
-        text = (message.content or "") if message.message_type is MessageType.TEXT else None
-        # Up to here, and while "typing…" is shown, whoever cancels this call has stopped the send.
-        async with self._manners.typing(child, to, text):
-            await asyncio.to_thread(self._intend, attempt, secret, device)
-            # A caller that gives up does not take the send back: it goes on, watched, so that `resolve` knows its end.
-            task = asyncio.create_task(self._hand_over(child, attempt, to, body))
-            self._sends.add(task)
-            task.add_done_callback(self._send_ended)
-            sent = await asyncio.shield(task)
-        self._manners.answered(child, attempt.recipient)
-        return sent
-
-    async def _hand_over(self, child: ChildProcess, attempt: Attempt, to: str, body: Json) -> Sent:
-        key = (int(attempt.queue_id), attempt.claim_epoch)
-        self._inflight[key] = child
-        faults.point("whatsapp.send.command")
-        try:
-            reply = await child.ask("send", seconds=self._timings.send, to=to, message=body)
-        except ChildRefused as refused:
-            error = sending.refusal(str(refused))
-            raise error or await self._settle(attempt, f"whatsmeow: {refused}") from refused
-        except (ChildGone, ChildTimeout) as gone:
-            # It may hang in Go without an end: only a dead child is certain to do no more.
-            await child.kill()
-            raise await self._settle(attempt, str(gone)) from gone
-        finally:
-            self._inflight.pop(key, None)
-        self._cut_off.pop(attempt.queue_id, None)
-        faults.point("whatsapp.send.replied")
-        with contextlib.suppress(sqlite3.Error):  # votes would name no options, that is all
-            await asyncio.to_thread(self._polls.remember, str(reply["message_id"]), body)
-        return Sent(str(reply["message_id"]), datetime.fromtimestamp(int(reply["timestamp"]), UTC))
-
-    def _send_ended(self, task: asyncio.Task[Sent]) -> None:
-        self._sends.discard(task)
-        if not task.cancelled():
-            task.exception()  # looked at, also when nobody waits for it any more
-
-    async def _settle(self, attempt: Attempt, cause: str) -> ChannelError:
-        """What a send that was cut off became. Nobody works on it any more when this is called."""
-        found = await asyncio.to_thread(self._look, attempt)
-        if isinstance(found, NotSent):
-            return self._never_began(attempt, f"The send was cut off before it began ({cause}).")
-        return UnknownOutcomeError(
-            f"The send was cut off and nothing proves whether it went out ({cause}).",
-            channel_message_id=found.channel_message_id,
-        )
-
-    def _never_began(self, attempt: Attempt, detail: str) -> ChannelError:
-        """A child that died is not the message's fault, unless the message is what kills it."""
-        self._cut_off[attempt.queue_id] += 1
-        if self._cut_off[attempt.queue_id] > CUT_OFF_FREE:
-            return NotSentError(detail, code="cut_off")
-        return ThrottledError(detail, retry_after=sending.LINK_WAIT, code="cut_off")
+        return await self._handover.send(message)
 
     async def resolve(self, attempt: Attempt) -> Sent | NotSent | Unknown:
-        key = (int(attempt.queue_id), attempt.claim_epoch)
-        working = self._inflight.get(key)
-        if key in self._calls or (working is not None and working.alive):
-            return Unknown("still_sending", attempt.channel_message_id)
-        deadline = time.monotonic() + self._timings.resolve
-        # One at a time: the lock that proves that nobody else sends would shut out the next question too.
-        async with self._resolving:
-            while True:
-                found = await asyncio.to_thread(self._look_alone, attempt)
-                if not isinstance(found, Unknown) or found.reason != "folder_taken":
-                    return found
-                # Mostly our own child, which has the lock and has not said so yet; or a dead gateway's that is ending.
-                if time.monotonic() >= deadline:
-                    return found
-                await asyncio.sleep(LOCK_LOOK)
-
-    def _look_alone(self, attempt: Attempt) -> NotSent | Unknown:
-        """Like `_look`, with the proof that no other process sends for this session. Blocking."""
-        child = self._supervisor.child
-        if child is not None and child.alive and self._supervisor.ready:
-            return self._look(attempt)
-        try:
-            with FolderLock(self._context.folder):
-                return self._look(attempt)
-        except (FolderTaken, OSError):
-            found = self._look(attempt)
-            return (
-                found if isinstance(found, Unknown) else Unknown("folder_taken", attempt.channel_message_id)
-            )
-
-    def _look(self, attempt: Attempt) -> NotSent | Unknown:
-        """Whether whatsmeow wrote down this attempt's secret, which it does before anything is sent. Blocking."""
-        try:
-            secret = self._secret(attempt)
-            row = store.find_secret(self._store, secret)
-            if row is not None:
-                return Unknown("cut_off", row.message_id)
-            intent = self._opened_intents().find(secret)
-            device = store.device(self._store)
-        except (sqlite3.Error, OSError) as error:
-            return Unknown(f"store_unreadable: {error}", attempt.channel_message_id)
-        if intent is not None and (device is None or device.jid != intent.device):
-            # The device that sent it was logged out, and its secrets went along: their absence proves nothing.
-            return Unknown("keys_gone", attempt.channel_message_id)
-        return NotSent()
-
-    def _intend(self, attempt: Attempt, secret: bytes, device: store.Device | None) -> None:
-        """Raises NotSentError: what cannot be written down is not sent."""
-        intent = Intent(int(attempt.queue_id), attempt.claim_epoch, device.jid if device else "")
-        try:
-            self._opened_intents().write(secret, intent)
-        except (sqlite3.Error, OSError) as error:
-            raise NotSentError(
-                f"The send cannot be written down ({error}); free space or mend DATA_DIR.",
-                code="intent_failed",
-            ) from error
-
-    def _opened_intents(self) -> Intents:
-        with self._opening:
-            if self._intents is None:
-                self._intents = Intents(self._context.folder / INTENTS_FILE)
-            return self._intents
-
-    def _intent_of(self, secret: bytes) -> Intent | None:
-        return self._opened_intents().find(secret)
-
-    async def _connected_child(self) -> ChildProcess:
-        """The child with a live link, waiting briefly for one. Raises ThrottledError: not sent, no attempt lost."""
-        supervisor = self._supervisor
-        if not supervisor.link.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._timings.link if self._running else 0):
-                    await supervisor.link.wait()
-        child = supervisor.child
-        if child is None or not child.alive or not supervisor.link.is_set():
-            raise sending.not_connected()
-        return child
-
-    # ---- the smaller capabilities ----
+        return await self._handover.resolve(attempt)
 
     async def check(self, recipients: Sequence[str]) -> dict[str, bool]:
-        """By recipient as given. Raises NotSentError when there is no link, ThrottledError when asked too often, Invalid
-        for what is no address."""
-        phones = {r: external_id("whatsapp", r).partition(":+")[2] for r in recipients}
-        found = await self._checks({phone for phone in phones.values() if phone})
-        return {r: found.get(phone, False) if phone else True for r, phone in phones.items()}
-
-    async def _ask_numbers(self, phones: list[str]) -> dict[str, bool]:
-        found: dict[str, bool] = await self._ask("check", phones=phones)
-        return found
+        return await self._asking.check(recipients)
 
     async def typing(self, recipient: str, on: bool) -> None:
-        await self._ask("typing", to=sending.jid_of(recipient), on=on, leave=not on)
+        await self._asking.typing(recipient, on)
 
     async def mark_read(self, recipient: str, message_ids: Sequence[str], sender: str | None = None) -> None:
-        chat = sending.jid_of(recipient)
-        author = sending.jid_of(external_id("whatsapp", sender)) if sender else chat
-        await self._ask("read", chat=chat, sender=author, ids=list(message_ids))
+        await self._asking.mark_read(recipient, message_ids, sender)
 
     async def download(self, message: StoredMedia, target: MediaTarget) -> None:
-        """The child writes the file itself, from where an earlier try left off."""
-        wanted = mediafiles.request(message)
-        child = await self._connected_child()
-        to = str(target.path)
-        try:
-            reply = await child.ask("download", seconds=self._timings.download, to=to, **wanted)
-        except (ChildGone, ChildTimeout, ChildRefused) as error:
-            self._gesture(child, "download_stop", to=to)
-            raise NotSentError(
-                f"The WhatsApp client did not download it ({error}).", code="media_later"
-            ) from error
-        except asyncio.CancelledError:
-            self._gesture(child, "download_stop", to=to)
-            raise
-        problem = mediafiles.outcome(reply)
-        if problem is not None:
-            raise problem
+        await self._asking.download(message, target)
 
     async def sync_history(self) -> int:
         """WhatsApp hands history over once, after the pairing, and the client library cannot ask the phone for more."""
@@ -431,15 +240,6 @@ class WhatsAppChannel:
             )
         self._history.hint()
         return under_way
-
-    async def _ask(self, op: str, **fields: Any) -> Any:
-        child = await self._connected_child()
-        try:
-            return await child.ask(op, seconds=self._timings.command, **fields)
-        except ChildRefused as refused:
-            raise sending.refusal(str(refused)) or ChannelError(f"WhatsApp: {refused}") from refused
-        except (ChildGone, ChildTimeout) as gone:
-            raise NotSentError(f"The WhatsApp client did not answer ({gone}); try again.") from gone
 
     # ---- parts ----
 
@@ -488,7 +288,7 @@ class WhatsAppChannel:
                 self._context,
                 self._sink,
                 self._journal,
-                intent_of=self._intent_of,
+                intent_of=self._handover.intent_of,
                 on_event=self._noticed,
                 asked=self._polls,
                 replies=self._replies,
@@ -532,8 +332,7 @@ class WhatsAppChannel:
             await asyncio.gather(self._run, return_exceptions=True)
             self._run = None
         supervisor.pairing = None
-        if self._sends:  # their child is gone: each knows its outcome in a moment
-            await asyncio.wait(self._sends, timeout=DRAIN_SECONDS)
+        await self._handover.drain(DRAIN_SECONDS)
 
     async def _stop_rest(self) -> None:
         if self._pump is not None:
@@ -551,9 +350,7 @@ class WhatsAppChannel:
         if self._journal is not None:
             await asyncio.to_thread(self._journal.close)
             self._journal = None
-        if self._intents is not None:
-            await asyncio.to_thread(self._intents.close)
-            self._intents = None
+        await self._handover.close()
 
     def _noticed(self, event: Json) -> None:
         at = phone_sign.sign_of(event)
@@ -588,40 +385,11 @@ class WhatsAppChannel:
         ):
             child = self._supervisor.child
             if child is not None:
-                self._gesture(child, "reject_call", **{"id": line["call"], "from": line["creator"]})
-
-    def _gesture(self, child: ChildProcess, op: str, **fields: Any) -> None:
-        """Asked without waiting; what becomes of it changes nothing."""
-
-        async def ask() -> None:
-            with contextlib.suppress(ChildGone, ChildTimeout, ChildRefused):
-                await child.ask(op, seconds=self._timings.command, **fields)
-
-        task = asyncio.create_task(ask())
-        self._gestures.add(task)
-        task.add_done_callback(self._gestures.discard)
+                self._asking.gesture(child, "reject_call", **{"id": line["call"], "from": line["creator"]})
 
     @property
     def _store(self) -> Path:
         return store_path(self._context.folder)
-
-    def _secret(self, attempt: Attempt) -> bytes:
-        return message_secret(self._context.folder, int(attempt.queue_id), attempt.claim_epoch)
-
-    async def _own_device(self) -> store.Device | None:
-        """Read once for a child: whatsmeow writes that file with every message, and a reader and it wait for each other."""
-        child, known = self._supervisor.child, self._known_device
-        if known is not None and child is not None and known[0] is child:
-            return known[1]
-        device = await asyncio.to_thread(self._device)
-        self._known_device = (child, device) if child is not None and device is not None else None
-        return device
-
-    def _device(self) -> store.Device | None:
-        try:
-            return store.device(self._store)
-        except sqlite3.Error:
-            return None
 
 
 def _contract(

@@ -9,6 +9,7 @@ import contextlib
 import sqlite3
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +41,6 @@ class Intents:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
-        self._waiting: list[tuple[bytes, int, int, str, float]] = []
-        """Taken from under the lock only; others append meanwhile, which is one step in Python."""
         self._conn = sqlite3.connect(
             path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -50,29 +49,21 @@ class Intents:
         self._conn.execute(_SCHEMA)
         self._conn.execute("DELETE FROM intents WHERE at < ?", (time.time() - KEEP_SECONDS,))
 
-    def write(self, secret: bytes, intent: Intent) -> None:
-        """Durable when it returns. Those who come while the disk is busy are written together, by the first whose turn it
-        is: one sync for all of them."""
-        row = (secret, intent.queue_id, intent.claim_epoch, intent.device, time.time())
-        self._waiting.append(row)
+    def write(self, rows: Sequence[tuple[bytes, Intent]]) -> None:
+        """Each under its secret, all of them or none, with one wait for the disk. Durable when it returns."""
+        now = time.time()
         with self._lock:
-            if row not in self._waiting:
-                return  # another's turn has written it
-            rows = self._waiting.copy()
             self._conn.execute("BEGIN IMMEDIATE")
             try:
                 self._conn.executemany(
                     "INSERT OR REPLACE INTO intents (secret, queue_id, claim_epoch, device, at) VALUES (?, ?, ?, ?, ?)",
-                    rows,
+                    [(secret, i.queue_id, i.claim_epoch, i.device, now) for secret, i in rows],
                 )
                 self._conn.execute("COMMIT")
             except BaseException:
-                # Each of the others tries for itself; this one may not be sent.
-                self._waiting.remove(row)
                 if self._conn.in_transaction:
                     self._conn.execute("ROLLBACK")
                 raise
-            del self._waiting[: len(rows)]
 
     def find(self, secret: bytes) -> Intent | None:
         with self._lock:

@@ -294,7 +294,7 @@ async def test_after_a_log_out_missing_secrets_prove_nothing(session: Session, m
 async def test_a_child_that_dies_under_a_send_costs_the_message_an_attempt_only_after_many_times(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.whatsapp.channel.CUT_OFF_FREE", 1)
+    monkeypatch.setattr("gateway.whatsapp.handover.CUT_OFF_FREE", 1)
     await session.channel.disconnect()
     monkeypatch.setenv("FAULTS", "whatsapp.send.before=kill")
     await session.channel.connect()
@@ -328,7 +328,7 @@ async def test_a_caller_that_gives_up_leaves_the_send_watched(session: Session, 
     send.cancel()
     await asyncio.gather(send, return_exceptions=True)
     assert await session.channel.resolve(message.attempt) == Unknown("still_sending")
-    await until(lambda: not session.channel._inflight)
+    await until(lambda: not session.channel._handover.in_flight)
     found = await session.channel.resolve(message.attempt)
     assert isinstance(found, Unknown)
     assert found.channel_message_id == mei.received[0].id
@@ -358,7 +358,7 @@ async def test_a_child_killed_around_a_send_of_media_leaves_the_same_proof(
     session.wa.fail_media("hang", seconds=20, upload=True)
     uploading = outgoing()
     task = asyncio.create_task(session.channel.send(uploading))
-    await until(lambda: bool(session.channel._uploads._locks))
+    await until(lambda: bool(session.channel._handover.uploads._locks))
     assert await session.channel.resolve(uploading.attempt) == Unknown("still_sending")
     os.kill(session.pid, signal.SIGKILL)
     with pytest.raises(NotSentError) as error:

@@ -95,7 +95,9 @@ async def send(
     sent = await session.channel.send(outgoing)
     got = await mei.next_message()
     assert got.id == sent.channel_message_id
-    row = store.find_secret(store_path(session.context.folder), session.channel._secret(outgoing.attempt))
+    row = store.find_secret(
+        store_path(session.context.folder), session.channel._handover.secret(outgoing.attempt)
+    )
     assert row is not None, f"whatsmeow wrote no secret down for a message of type {kind}"
     assert row.message_id == got.id
     return got, outgoing
@@ -176,7 +178,7 @@ async def test_votes_on_a_poll_of_ours_open_with_the_attempts_secret(session: Se
     got, outgoing = await send(session, mei, MessageType.POLL, payload=asked)
     assert got.kind == "poll"
     assert got.about == {"question": "Which colour?", "options": ["Red", "Blue", "Green"], "choices": 2}
-    secret = session.channel._secret(outgoing.attempt)
+    secret = session.channel._handover.secret(outgoing.attempt)
     assert reading.secret_of(got.message) == secret
 
     vote = await mei.vote(session.shop, got.id, ["Blue"])

@@ -162,7 +162,7 @@ def test_forgetting_the_device_keeps_the_journal(tmp_path: Path) -> None:
 def test_intents_outlive_the_process(tmp_path: Path) -> None:
     path, intent = tmp_path / "intents.db", Intent(7, 2, DEVICE.jid)
     first = Intents(path)
-    first.write(b"s" * 32, intent)
+    first.write([(b"s" * 32, intent)])
     first.close()
     second = Intents(path)
     assert second.find(b"s" * 32) == intent
