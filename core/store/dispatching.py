@@ -86,8 +86,7 @@ WITH o AS MATERIALIZED (
     WHERE q.id = o.id
       AND q.claim_epoch = o.epoch
       AND (q.status = 'dispatching' OR (q.status = 'unknown' AND o.status IN ('sent', 'failed'))) IS TRUE
-    RETURNING q.id, q.tenant_id, q.message_id, q.channel_session_id, q.channel, q.retry_count,
-              o.status, o.channel_message_id, o.sent_at
+    RETURNING q.id, q.tenant_id, q.message_id, o.status, o.channel_message_id, o.sent_at
 ), seen AS MATERIALIZED (
     SELECT q.*, e.id AS echo_id,
            CASE WHEN m.delivery_status IN ('dispatching', 'unknown') THEN q.status ELSE m.delivery_status END AS becomes,
@@ -120,7 +119,7 @@ WITH o AS MATERIALIZED (
     FROM seen
     WHERE seen.becomes <> seen.was
 )
-SELECT seen.*,
+SELECT seen.id, seen.message_id, seen.echo_id,
        (SELECT pg_notify('et_events', '') FROM q LIMIT 1) IS NULL AS hint,
        (SELECT pg_notify('et_outbound', '') FROM q WHERE q.status = 'queued' LIMIT 1) IS NULL AS again
 FROM seen
