@@ -268,9 +268,10 @@ class Bench:
             tuned = await self._library(TUNED_NUMBER, opened_as(self.stack.folder / "tuned.db"))
             try:
                 found = await Inward(self.stack, bare, tuned).figures()
+                outward = Outward(self.stack, bare.client, tuned.client, self.options.outbound)
+                return found + await outward.figures()
             finally:
                 await tuned.client.kill()
-            return found + await Outward(self.stack, bare.client, self.options.outbound).figures()
         finally:
             await bare.client.kill()
 
