@@ -23,14 +23,14 @@ CREATE INDEX IF NOT EXISTS et_messages_by_thread ON et_messages (tenant_id, thre
 CREATE INDEX IF NOT EXISTS et_messages_by_lead ON et_messages (tenant_id, lead_id, occurred_at, id);
 -- Inbound work: waiting, and claimed.
 CREATE INDEX IF NOT EXISTS et_messages_received ON et_messages (id, thread_id)
-    WHERE direction = 'inbound' AND delivery_status = 'received' AND NOT is_history AND NOT placeholder AND id > 0;
+    WHERE inbound_work = 1 AND id > 0;
 CREATE INDEX IF NOT EXISTS et_messages_received_by_thread ON et_messages (thread_id, id)
-    WHERE direction = 'inbound' AND delivery_status = 'received' AND NOT is_history AND NOT placeholder AND thread_id > 0;
+    WHERE inbound_work = 1 AND thread_id > 0;
 -- Could not be read and waits to be filled or given up.
 CREATE INDEX IF NOT EXISTS et_messages_placeholders ON et_messages (created_at)
-    WHERE placeholder AND direction = 'inbound' AND delivery_status = 'received' AND NOT is_history;
+    WHERE inbound_work = 3;
 CREATE INDEX IF NOT EXISTS et_messages_processing ON et_messages (id)
-    WHERE delivery_status = 'inbound_processing';
+    WHERE inbound_work = 2;
 -- Receipts and echoes know the session and the channel's id, not always the lead.
 CREATE INDEX IF NOT EXISTS et_messages_outbound_by_channel_id ON et_messages (channel_session_id, channel_message_id)
     WHERE direction = 'outbound';

@@ -20,7 +20,7 @@ BEGIN
             SELECT m.thread_id, m.id
             FROM public.et_messages m
             JOIN public.et_tenants n ON n.id = m.tenant_id AND n.status = 'active'
-            WHERE m.direction = 'inbound' AND m.delivery_status = 'received' AND NOT m.is_history AND NOT m.placeholder AND m.id > 0
+            WHERE m.inbound_work = 1 AND m.id > 0
               AND NOT EXISTS (SELECT 1 FROM public.et_inbound_claims c WHERE c.thread_id = m.thread_id)
             ORDER BY m.id
             LIMIT p_limit * 10
@@ -42,7 +42,7 @@ BEGIN
         SELECT m.id, row_number() OVER (PARTITION BY m.thread_id ORDER BY m.id) AS n
         FROM public.et_messages m
         WHERE m.thread_id = ANY (threads)
-          AND m.direction = 'inbound' AND m.delivery_status = 'received' AND NOT m.is_history AND NOT m.placeholder AND m.thread_id > 0
+          AND m.inbound_work = 1 AND m.thread_id > 0
           AND NOT EXISTS (SELECT 1 FROM public.et_inbound_claims c WHERE c.thread_id = m.thread_id)
     ) waiting
     WHERE waiting.n <= 50;
@@ -83,7 +83,7 @@ BEGIN
         SELECT m.id
         FROM public.et_messages m
         LEFT JOIN public.et_inbound_claims c ON c.message_id = m.id
-        WHERE m.delivery_status = 'inbound_processing'
+        WHERE m.inbound_work = 2
           AND CASE WHEN p_owner IS NULL THEN c.message_id IS NULL OR c.expires_at < clock_timestamp()
                    ELSE c.owner = p_owner END
         ORDER BY m.id

@@ -53,7 +53,7 @@ CREATE INDEX IF NOT EXISTS et_media_jobs_age ON et_media_jobs (created_at);
 CREATE INDEX IF NOT EXISTS et_messages_media ON et_messages (tenant_id, (media_metadata ->> 'sha256'))
     WHERE media_metadata ->> 'state' = 'stored';
 CREATE INDEX IF NOT EXISTS et_messages_uploads ON et_messages (tenant_id, media_url)
-    WHERE delivery_status IN ('queued', 'dispatching') AND media_url LIKE 'upload:%';
+    WHERE media_url LIKE 'upload:%';
 
 -- The conditions stand in WHEN, so that a row without media to fetch costs a look at a NULL and no call.
 CREATE OR REPLACE FUNCTION et_media_wanted() RETURNS trigger

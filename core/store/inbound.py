@@ -36,10 +36,7 @@ async def claim_unreadable(
             SELECT m.id, m.tenant_id, m.thread_id, m.channel
             FROM et_messages m
             JOIN et_tenants t ON t.id = m.tenant_id AND t.status = 'active'
-            WHERE m.placeholder
-              AND m.direction = 'inbound'
-              AND m.delivery_status = 'received'
-              AND NOT m.is_history
+            WHERE m.inbound_work = 3
               AND m.created_at < now() - $2::interval
               AND NOT EXISTS (SELECT 1 FROM et_inbound_claims c WHERE c.thread_id = m.thread_id)
               -- The lock of `et_claim_inbound`: never two workers in one thread.

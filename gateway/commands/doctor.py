@@ -147,7 +147,8 @@ async def _waiting(conn: Any) -> list[Line]:
         """
         SELECT count(*)
         FROM et_messages
-        WHERE delivery_status = 'received' AND direction = 'inbound' AND NOT is_history AND NOT placeholder
+        WHERE inbound_work = 1
+          AND id > 0
           AND created_at < now() - INTERVAL '2 minutes'
         """
     )
