@@ -220,8 +220,8 @@ class OutboundWorker:
             if found and found >= min(room, self._timings.batch):
                 continue
             if found:
-                # Half of the time at most goes into claiming: what comes in meanwhile makes one larger claim.
-                await asyncio.sleep(min(MOST_PAUSE, time.monotonic() - began))
+                # What comes in meanwhile makes one larger claim; the busier everything is the more so.
+                await asyncio.sleep(min(MOST_PAUSE, (time.monotonic() - began) / 4))
             pause = self._pacer.next_in()
             try:
                 async with asyncio.timeout(self._poll if pause is None else min(pause, self._poll)):

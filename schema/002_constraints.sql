@@ -49,8 +49,9 @@ FROM unnest(ARRAY[
     'et_decisions', 'et_audit_log', 'et_api_keys', 'et_events', 'et_db_roles'
 ]) t;
 
--- The targets of the composite references below.
-SELECT pg_temp.ensure_unique(t::regclass, '{tenant_id,id}')
+-- The targets of the composite references below. The id comes first: an index that begins with the tenant can be mistaken
+-- for one that finds a row (see 003_indexes.sql).
+SELECT pg_temp.ensure_unique(t::regclass, '{id,tenant_id}')
 FROM unnest(ARRAY['et_agents', 'et_workspaces', 'et_leads', 'et_channel_sessions', 'et_threads', 'et_messages']) t;
 
 SELECT pg_temp.ensure_unique('public.et_leads', '{tenant_id,external_id}');

@@ -1,4 +1,6 @@
 -- Indexes. Those of the queue and of inbound work are partial: they hold what is waiting, not what ever was.
+-- An id names its tenant, so an index by thread, lead or session does not begin with the tenant: for a tenant of whom the
+-- statistics know nothing, any index that begins with it seems to find a single row, and reads everything the tenant has.
 -- When little waits the planner takes any of them for one page and may keep a plan that reads the whole of the wrong one
 -- after a campaign has come in. So each on a hot path has a condition of its own that only its own queries state
 -- (thread_id > 0 and the like): no other query can use it.
@@ -7,20 +9,21 @@
 CREATE UNIQUE INDEX IF NOT EXISTS et_threads_one_active
     ON et_threads (tenant_id, lead_id, channel_session_id) WHERE status = 'active';
 -- No index is on last_message_at: storing a message would write to every index of its thread. Whoever wants the latest
--- threads orders by recent_at first: ORDER BY recent_at DESC, last_message_at DESC, id DESC.
-CREATE INDEX IF NOT EXISTS et_threads_by_lead ON et_threads (tenant_id, lead_id);
-CREATE INDEX IF NOT EXISTS et_threads_recent ON et_threads (tenant_id, recent_at DESC);
-CREATE INDEX IF NOT EXISTS et_threads_by_session ON et_threads (tenant_id, channel_session_id);
-CREATE INDEX IF NOT EXISTS et_threads_by_agent ON et_threads (tenant_id, agent_id) WHERE agent_id IS NOT NULL;
+-- threads orders by recent_at first: WHERE recent_at > '-infinity' ORDER BY recent_at DESC, last_message_at DESC, id DESC.
+CREATE INDEX IF NOT EXISTS et_threads_by_lead ON et_threads (lead_id);
+CREATE INDEX IF NOT EXISTS et_threads_recent ON et_threads (tenant_id, recent_at DESC)
+    WHERE recent_at > '-infinity';
+CREATE INDEX IF NOT EXISTS et_threads_by_session ON et_threads (channel_session_id);
+CREATE INDEX IF NOT EXISTS et_threads_by_agent ON et_threads (agent_id) WHERE agent_id IS NOT NULL;
 
 CREATE INDEX IF NOT EXISTS et_leads_by_workspace ON et_leads (tenant_id, workspace_id) WHERE workspace_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS et_workspaces_by_agent ON et_workspaces (tenant_id, agent_id) WHERE agent_id IS NOT NULL;
-CREATE INDEX IF NOT EXISTS et_lead_identities_by_lead ON et_lead_identities (tenant_id, lead_id, created_at);
+CREATE INDEX IF NOT EXISTS et_lead_identities_by_lead ON et_lead_identities (lead_id, created_at);
 CREATE INDEX IF NOT EXISTS et_lead_merges_by_new ON et_lead_merges (tenant_id, new_id);
 
 -- The two orders people read messages in.
-CREATE INDEX IF NOT EXISTS et_messages_by_thread ON et_messages (tenant_id, thread_id, occurred_at, id);
-CREATE INDEX IF NOT EXISTS et_messages_by_lead ON et_messages (tenant_id, lead_id, occurred_at, id);
+CREATE INDEX IF NOT EXISTS et_messages_by_thread ON et_messages (thread_id, occurred_at, id);
+CREATE INDEX IF NOT EXISTS et_messages_by_lead ON et_messages (lead_id, occurred_at, id);
 -- Inbound work: waiting, and claimed.
 CREATE INDEX IF NOT EXISTS et_messages_received ON et_messages (id, thread_id)
     WHERE inbound_work = 1 AND id > 0;
@@ -49,7 +52,7 @@ CREATE INDEX IF NOT EXISTS et_outbound_queue_dispatching ON et_outbound_queue (c
 -- What an operator looks at.
 CREATE INDEX IF NOT EXISTS et_outbound_queue_trouble ON et_outbound_queue (tenant_id, status, id)
     WHERE status IN ('failed', 'unknown');
-CREATE INDEX IF NOT EXISTS et_outbound_queue_by_tenant ON et_outbound_queue (tenant_id, id);
+CREATE INDEX IF NOT EXISTS et_outbound_queue_by_tenant ON et_outbound_queue (tenant_id, id) WHERE id > 0;
 CREATE INDEX IF NOT EXISTS et_outbound_queue_by_session ON et_outbound_queue (tenant_id, channel_session_id);
 
 CREATE INDEX IF NOT EXISTS et_thread_insights_by_lead ON et_thread_insights (tenant_id, lead_id);

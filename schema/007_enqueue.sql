@@ -150,8 +150,7 @@ BEGIN
     END IF;
     PERFORM 1
     FROM public.et_messages i
-    WHERE i.tenant_id = p_tenant
-      AND i.thread_id = p_thread
+    WHERE i.thread_id = p_thread
       AND i.occurred_at > now() - INTERVAL '1 hour'
       AND i.direction = 'inbound'
     LIMIT 1;

@@ -196,8 +196,7 @@ SELECT v.*,
        CASE WHEN v.recipient IS NULL AND v.stop IS NULL THEN (
            SELECT coalesce(i.chat_identifier, i.sender_identifier)
            FROM et_messages i
-           WHERE i.tenant_id = v.tenant_id
-             AND i.thread_id = v.thread_id
+           WHERE i.thread_id = v.thread_id
              AND i.direction = 'inbound'
            ORDER BY i.occurred_at DESC, i.id DESC
            LIMIT 1
@@ -205,8 +204,7 @@ SELECT v.*,
        CASE WHEN v.recipient IS NULL AND v.stop IS NULL THEN (
            SELECT n.external_id
            FROM et_lead_identities n
-           WHERE n.tenant_id = v.tenant_id
-             AND n.lead_id = v.lead_id
+           WHERE n.lead_id = v.lead_id
              AND split_part(n.external_id, ':', 1) IN (v.channel, v.channel || '-group', v.channel || '-lid')
            ORDER BY n.created_at DESC, length(split_part(n.external_id, ':', 1))
            LIMIT 1

@@ -308,6 +308,7 @@ async def list_threads(
                    ) latest
                    WHERE latest.content ILIKE $8
                ))
+          AND t.recent_at > '-infinity'
           AND ($9::timestamptz IS NULL OR t.recent_at <= $9 AND (t.last_message_at, t.id) < ($9, $10::bigint))
         ORDER BY t.recent_at DESC, t.last_message_at DESC, t.id DESC
         LIMIT $11

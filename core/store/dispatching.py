@@ -21,6 +21,7 @@ AUTOMATIC = ("agent", "auto", "worker", "rules", "llm", "inbound_worker")
 
 ALONE = """
 SET LOCAL enable_seqscan = off;
+SET LOCAL enable_bitmapscan = off;
 SET LOCAL enable_hashjoin = off;
 SET LOCAL enable_mergejoin = off;
 SET LOCAL plan_cache_mode = force_generic_plan;
@@ -30,8 +31,9 @@ SET LOCAL gateway.together = 'on'
 
 By index, row by row and with one plan: one that a long-lived connection made while the queue was empty would otherwise
 go on reading whole tables after a campaign of a hundred thousand rows has come in, and planning takes longer than a
-small claim. `gateway.together`: the statement itself moves queue row and message and writes the events, so that the triggers
-which see to that for every other writer return at once."""
+small claim. No bitmaps: only a plain index scan clears away the entries of rows that have moved on. `gateway.together`:
+the statement itself moves queue row and message and writes the events; the triggers which see to that for every other
+writer return at once."""
 
 APART = "SET LOCAL gateway.together = 'off'"
 """Before any other statement of such a transaction that writes messages or queue rows."""

@@ -25,6 +25,7 @@ async def messages(conn: Conn, tenant_id: int, *, limit: int) -> list[Record]:
             SELECT t.id
             FROM et_threads t
             WHERE t.tenant_id = $1
+              AND t.recent_at > '-infinity'
             ORDER BY t.recent_at DESC, t.last_message_at DESC, t.id DESC
             LIMIT $2
         ) busy

@@ -120,6 +120,7 @@ async def listed(
         FROM et_outbound_queue q
         JOIN et_messages m ON m.id = q.message_id AND m.tenant_id = q.tenant_id
         WHERE q.tenant_id = $1
+          AND q.id > 0
           AND ($2::text IS NULL OR q.status = $2)
           AND ($3::bigint IS NULL OR q.channel_session_id = $3)
           AND ($4::bigint IS NULL OR q.id < $4)
