@@ -267,6 +267,9 @@ CREATE TABLE IF NOT EXISTS et_outbound_queue (
     recipient          TEXT,
     status             TEXT NOT NULL DEFAULT 'queued',
     priority           SMALLINT NOT NULL DEFAULT 0,
+    -- Given when the row is put in (et_lane): a session's replies go first, and its strangers can be held back without
+    -- the worker reading past them.
+    lane               SMALLINT NOT NULL DEFAULT 1,
     retry_count        INTEGER NOT NULL DEFAULT 0,
     send_at            TIMESTAMPTZ NOT NULL DEFAULT now(),
     next_attempt_at    TIMESTAMPTZ NOT NULL DEFAULT now(),

@@ -42,8 +42,8 @@ CREATE INDEX IF NOT EXISTS et_inbound_claims_by_thread ON et_inbound_claims (thr
 CREATE INDEX IF NOT EXISTS et_inbound_claims_by_owner ON et_inbound_claims (owner);
 
 -- The claim query walks this one, session by session.
-CREATE INDEX IF NOT EXISTS et_outbound_queue_due ON et_outbound_queue (channel_session_id, priority DESC, next_attempt_at, id)
-    WHERE status = 'queued';
+CREATE INDEX IF NOT EXISTS et_outbound_queue_lanes
+    ON et_outbound_queue (channel_session_id, lane DESC, priority DESC, next_attempt_at, id) WHERE status = 'queued';
 -- What waits or is in flight in a thread, in its order of sending.
 CREATE INDEX IF NOT EXISTS et_outbound_queue_thread ON et_outbound_queue (thread_id, send_at, id)
     WHERE status IN ('queued', 'dispatching') AND thread_id > 0;
@@ -53,7 +53,6 @@ CREATE INDEX IF NOT EXISTS et_outbound_queue_dispatching ON et_outbound_queue (c
 CREATE INDEX IF NOT EXISTS et_outbound_queue_trouble ON et_outbound_queue (tenant_id, status, id)
     WHERE status IN ('failed', 'unknown');
 CREATE INDEX IF NOT EXISTS et_outbound_queue_by_tenant ON et_outbound_queue (tenant_id, id) WHERE id > 0;
-CREATE INDEX IF NOT EXISTS et_outbound_queue_by_session ON et_outbound_queue (tenant_id, channel_session_id);
 
 CREATE INDEX IF NOT EXISTS et_thread_insights_by_lead ON et_thread_insights (tenant_id, lead_id);
 CREATE INDEX IF NOT EXISTS et_thread_insights_followup ON et_thread_insights (tenant_id, next_followup_at)

@@ -51,9 +51,15 @@ BEGIN
 END
 $$;
 
+-- A call of a row trigger is the dearest step of moving a row. A writer that says the time itself and moves along the ways
+-- a send takes is spared it; whoever else writes, and whatever else is written, goes through it.
 CREATE OR REPLACE TRIGGER et_messages_before_update
     BEFORE UPDATE ON et_messages
-    FOR EACH ROW EXECUTE FUNCTION et_message_before_update();
+    FOR EACH ROW
+    WHEN (NEW.updated_at <= OLD.updated_at
+        OR NOT (OLD.delivery_status = 'queued' AND NEW.delivery_status = 'dispatching'
+            OR OLD.delivery_status = 'dispatching' AND NEW.delivery_status IN ('sent', 'queued', 'failed', 'unknown')))
+    EXECUTE FUNCTION et_message_before_update();
 
 CREATE OR REPLACE FUNCTION et_queue_before_update() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -82,16 +88,32 @@ $$;
 
 CREATE OR REPLACE TRIGGER et_outbound_queue_before_update
     BEFORE UPDATE ON et_outbound_queue
-    FOR EACH ROW EXECUTE FUNCTION et_queue_before_update();
+    FOR EACH ROW
+    WHEN (NEW.updated_at <= OLD.updated_at
+        OR NOT (OLD.status = 'queued' AND NEW.status = 'dispatching'
+            OR OLD.status = 'dispatching' AND NEW.status IN ('sent', 'queued', 'failed', 'unknown')))
+    EXECUTE FUNCTION et_queue_before_update();
 
--- The two directions of "together". Each only touches what still differs, so a writer that moves both in one
--- statement pays nothing. Receipts go beyond 'sent' on the message alone.
--- Ids are collected first: UPDATE … = ANY(ids) has one plan, by index, whatever the size of the statement.
-CREATE OR REPLACE FUNCTION et_queue_moves_message() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
+-- Whether the statement that runs moves queue rows and messages together by itself and writes the events. Only the worker
+-- is believed: everybody else's writes are followed up by the two triggers below.
+CREATE OR REPLACE FUNCTION et_moves_together() RETURNS BOOLEAN
+LANGUAGE sql STABLE AS $$
+    SELECT pg_catalog.current_setting('gateway.together', true) = 'on' AND pg_catalog.current_setting('role', true) = 'et_worker'
+$$;
+
+-- After a statement that moved queue rows: their messages follow, and rows that came back wake the workers (moving
+-- next_attempt_at of a waiting one must not wake whoever moved it). One pass over what changed. Both transition tables
+-- hold the whole statement, so a nested loop over them would be quadratic, and a plan cached while a statement had one
+-- row would keep it: hence enable_nestloop. The UPDATE has one plan, by index, whatever the size.
+CREATE OR REPLACE FUNCTION et_queue_after_update() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_nestloop = off AS $$
 DECLARE
     moved RECORD;
 BEGIN
+    IF public.et_moves_together() THEN
+        RETURN NULL;
+    END IF;
     FOR moved IN
         SELECT n.status, array_agg(n.message_id ORDER BY n.message_id) AS ids
         FROM new_rows n
@@ -100,50 +122,72 @@ BEGIN
         GROUP BY n.status
     LOOP
         UPDATE public.et_messages m
-        SET delivery_status = moved.status
+        SET delivery_status = moved.status, updated_at = now()
         WHERE m.id = ANY (moved.ids)
           AND m.delivery_status <> moved.status
           AND NOT (moved.status = 'sent' AND m.delivery_status IN ('delivered', 'read'));
-    END LOOP;
-    RETURN NULL;
-END
-$$;
-
-CREATE OR REPLACE TRIGGER et_outbound_queue_moves_message
-    AFTER UPDATE ON et_outbound_queue REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION et_queue_moves_message();
-
-CREATE OR REPLACE FUNCTION et_message_moves_queue() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
-DECLARE
-    moved RECORD;
-BEGIN
-    FOR moved IN
-        SELECT CASE WHEN n.delivery_status IN ('delivered', 'read') THEN 'sent' ELSE n.delivery_status END AS status,
-               array_agg(n.id ORDER BY n.id) AS ids,
-               n.direction
-        FROM new_rows n
-        JOIN old_rows o ON o.id = n.id
-        WHERE o.delivery_status <> n.delivery_status
-        GROUP BY 1, 3
-    LOOP
-        IF moved.direction = 'outbound' THEN
-            UPDATE public.et_outbound_queue q
-            SET status = moved.status
-            WHERE q.message_id = ANY (moved.ids)
-              AND q.status <> moved.status;
-        ELSIF moved.status <> 'inbound_processing' THEN
-            DELETE FROM public.et_inbound_claims c
-            WHERE c.message_id = ANY (moved.ids);
+        IF moved.status = 'queued' THEN
+            PERFORM pg_notify('et_outbound', '');
         END IF;
     END LOOP;
     RETURN NULL;
 END
 $$;
+CREATE OR REPLACE TRIGGER et_outbound_queue_after_update
+    AFTER UPDATE ON et_outbound_queue REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION et_queue_after_update();
 
-CREATE OR REPLACE TRIGGER et_messages_moves_queue
+-- After a statement that moved messages: the event of each, the queue rows and claims behind them, a wake-up for inbound
+-- messages that can be worked on (again): given back by a dead worker, or a placeholder that can be read now.
+CREATE OR REPLACE FUNCTION et_message_after_update() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET enable_nestloop = off AS $$
+DECLARE
+    moved RECORD;
+    news BOOLEAN := false;
+BEGIN
+    IF public.et_moves_together() THEN
+        RETURN NULL;
+    END IF;
+    FOR moved IN
+        SELECT n.delivery_status AS status, n.direction,
+               array_agg(n.id ORDER BY n.id) FILTER (WHERE o.delivery_status <> n.delivery_status) AS ids,
+               array_agg(n.tenant_id ORDER BY n.id) FILTER (WHERE o.delivery_status <> n.delivery_status) AS tenants,
+               bool_or(n.delivery_status = 'received' AND NOT n.is_history AND NOT n.placeholder) AS workable
+        FROM new_rows n
+        JOIN old_rows o ON o.id = n.id
+        WHERE o.delivery_status <> n.delivery_status
+           OR (o.placeholder AND NOT n.placeholder)
+        GROUP BY n.delivery_status, n.direction
+    LOOP
+        IF moved.ids IS NOT NULL THEN
+            INSERT INTO public.et_events (tenant_id, kind, ref_id)
+            SELECT e.tenant_id, 'status', e.id
+            FROM unnest(moved.tenants, moved.ids) AS e (tenant_id, id);
+            news := true;
+            IF moved.direction = 'outbound' THEN
+                UPDATE public.et_outbound_queue q
+                SET status = CASE WHEN moved.status IN ('delivered', 'read') THEN 'sent' ELSE moved.status END
+                WHERE q.message_id = ANY (moved.ids)
+                  AND q.status <> CASE WHEN moved.status IN ('delivered', 'read') THEN 'sent' ELSE moved.status END;
+            ELSIF moved.status <> 'inbound_processing' THEN
+                DELETE FROM public.et_inbound_claims c
+                WHERE c.message_id = ANY (moved.ids);
+            END IF;
+        END IF;
+        IF moved.workable THEN
+            PERFORM pg_notify('et_inbound', '');
+        END IF;
+    END LOOP;
+    IF news THEN
+        PERFORM pg_notify('et_events', '');
+    END IF;
+    RETURN NULL;
+END
+$$;
+CREATE OR REPLACE TRIGGER et_messages_after_update
     AFTER UPDATE ON et_messages REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION et_message_moves_queue();
+    FOR EACH STATEMENT EXECUTE FUNCTION et_message_after_update();
 
 -- A queue row belongs to an outbound message that waits; what the message knows need not be said twice.
 CREATE OR REPLACE FUNCTION et_queue_before_insert() RETURNS trigger
@@ -151,7 +195,8 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET enab
 DECLARE
     msg RECORD;
 BEGIN
-    SELECT m.tenant_id, m.thread_id, m.channel, m.channel_session_id, m.direction, m.delivery_status
+    SELECT m.tenant_id, m.lead_id, m.thread_id, m.channel, m.channel_session_id, m.direction, m.delivery_status,
+           coalesce(m.raw_payload ->> 'origin', '') AS origin
     INTO msg
     FROM public.et_messages m
     WHERE m.id = NEW.message_id AND m.tenant_id = coalesce(NEW.tenant_id, m.tenant_id);
@@ -179,10 +224,16 @@ BEGIN
     IF NEW.send_at > now() AND NEW.expires_at = now() + INTERVAL '24 hours' THEN
         NEW.expires_at := NEW.send_at + INTERVAL '24 hours';
     END IF;
+
+    NEW.lane := public.et_lane(NEW.tenant_id, NEW.channel_session_id, msg.lead_id, NEW.thread_id, NEW.dedupe_key, msg.origin);
     RETURN NEW;
 END
 $$;
 
+-- et_enqueue_outbound has looked all that up. A backend's login may not name the thread; the API's role may, and is not
+-- believed.
 CREATE OR REPLACE TRIGGER et_outbound_queue_before_insert
     BEFORE INSERT ON et_outbound_queue
-    FOR EACH ROW EXECUTE FUNCTION et_queue_before_insert();
+    FOR EACH ROW
+    WHEN (NEW.thread_id IS NULL OR current_setting('role', true) = 'et_api')
+    EXECUTE FUNCTION et_queue_before_insert();

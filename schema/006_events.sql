@@ -87,34 +87,6 @@ CREATE OR REPLACE TRIGGER et_messages_inserted
     AFTER INSERT ON et_messages REFERENCING NEW TABLE AS new_rows
     FOR EACH STATEMENT EXECUTE FUNCTION et_message_inserted();
 
-CREATE OR REPLACE FUNCTION et_message_updated() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    INSERT INTO public.et_events (tenant_id, kind, ref_id)
-    SELECT n.tenant_id, 'status', n.id
-    FROM new_rows n
-    JOIN old_rows o ON o.id = n.id
-    WHERE n.delivery_status <> o.delivery_status;
-    IF FOUND THEN
-        PERFORM pg_notify('et_events', '');
-    END IF;
-    -- Given back by a dead worker, or a placeholder that can be read now.
-    IF EXISTS (
-        SELECT 1 FROM new_rows n
-        JOIN old_rows o ON o.id = n.id
-        WHERE n.delivery_status = 'received' AND NOT n.is_history AND NOT n.placeholder
-          AND (o.delivery_status <> 'received' OR o.placeholder)
-    ) THEN
-        PERFORM pg_notify('et_inbound', '');
-    END IF;
-    RETURN NULL;
-END
-$$;
-
-CREATE OR REPLACE TRIGGER et_messages_updated
-    AFTER UPDATE ON et_messages REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION et_message_updated();
-
 CREATE OR REPLACE FUNCTION et_queue_inserted() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -125,27 +97,9 @@ BEGIN
 END
 $$;
 
--- Only rows that came back to the queue: moving next_attempt_at of a waiting one must not wake whoever moved it.
-CREATE OR REPLACE FUNCTION et_queue_updated() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    IF EXISTS (
-        SELECT 1 FROM new_rows n
-        JOIN old_rows o ON o.id = n.id
-        WHERE n.status = 'queued' AND o.status <> 'queued'
-    ) THEN
-        PERFORM pg_notify('et_outbound', '');
-    END IF;
-    RETURN NULL;
-END
-$$;
-
 CREATE OR REPLACE TRIGGER et_outbound_queue_inserted
     AFTER INSERT ON et_outbound_queue REFERENCING NEW TABLE AS new_rows
     FOR EACH STATEMENT EXECUTE FUNCTION et_queue_inserted();
-CREATE OR REPLACE TRIGGER et_outbound_queue_updated
-    AFTER UPDATE ON et_outbound_queue REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION et_queue_updated();
 
 -- One function for the tables whose every change is an event of the same kind: TG_ARGV[0].
 CREATE OR REPLACE FUNCTION et_row_event() RETURNS trigger
