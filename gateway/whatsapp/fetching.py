@@ -104,7 +104,8 @@ class Fetching:
         while True:
             self._wake.clear()
             for notice in await asyncio.to_thread(self._folder.waiting):
-                if notice.stem not in self._fetches:
+                # Its fetch may have ended since that look: once more, and WhatsApp would say that the file is gone.
+                if notice.stem not in self._fetches and not self._folder.here_or_over(notice.stem):
                     task = self._loop.create_task(self._until_here(notice))
                     self._fetches[notice.stem] = task
                     task.add_done_callback(partial(self._ended, notice.stem))

@@ -63,7 +63,7 @@ class HistoryFolder:
         """Announced and not fetched yet, in order."""
         found = []
         for path in sorted(self.path.glob("*.notice")):
-            if any(path.with_suffix(end).exists() for end in (".blob", ".done", ".failed")):
+            if self.here_or_over(path.stem):
                 continue
             try:
                 fields = orjson.loads(path.read_bytes())
@@ -71,6 +71,10 @@ class HistoryFolder:
                 continue
             found.append(Notice(path.stem, str(fields.pop("id", "")), fields))
         return found
+
+    def here_or_over(self, stem: str) -> bool:
+        """Fetched, stored or given up."""
+        return any((self.path / f"{stem}{end}").exists() for end in (".blob", ".done", ".failed"))
 
     def partial(self, notice: Notice) -> Path:
         return self.path / f"{notice.stem}.part"
