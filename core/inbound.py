@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 STOP_SECONDS = 5.0
 BACKOFF_FIRST = 0.2
 BACKOFF_MOST = 5.0
-GIVE_WAY_SECONDS = 0.25
+GIVE_WAY_SECONDS = 0.5
 """The longest that a rush of messages puts the next claim off, unless there is more than one claim's worth to decide."""
 STUCK_SECONDS = 120.0
 """Every statement has a time limit far below this, so a loop that has not turned for so long is stuck."""
