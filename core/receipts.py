@@ -1,7 +1,8 @@
 """Receipts: delivered, read, failed. They only move our messages forward; late ones are dropped, early ones parked.
 
-Race-free with the outbound worker without a lock: each side commits first (the parked receipt; the message's id) and
-looks afterwards in a fresh transaction, so that whichever commits second sees the other.
+Race-free with the outbound worker without a lock: a receipt that finds no message is committed as parked and looked at
+once more in a fresh transaction; should the send's mark commit only after that, the outbound worker's sweep applies what
+is parked, within a second.
 """
 
 from __future__ import annotations
